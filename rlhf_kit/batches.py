@@ -1,0 +1,94 @@
+"""The tensors that travel through PPO, in named frozen dataclasses, and the legend of their shapes.
+
+B  completions of this process's rollout        P  prompt length in tokens, left-padded
+M  completions of a microbatch                  C  completion length in tokens, right-padded
+V  vocabulary size                              T  P + C
+
+Masks are true for real tokens and come from known lengths, never from comparing with a pad id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Tokenised prompts."""
+
+    prompt_ids: Tensor
+    """[B, P] int64, left-padded."""
+    prompt_mask: Tensor
+    """[B, P] bool."""
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a policy wrote after the prompts."""
+
+    completion_ids: Tensor
+    """[B, C] int64, right-padded; a completion that ended includes its end token."""
+    completion_mask: Tensor
+    """[B, C] bool, true through the end token."""
+    ended: Tensor
+    """[B] bool, true where the completion ended by itself within its limit."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions with everything that is fixed while the policy learns from them."""
+
+    prompt_ids: Tensor
+    """[B, P] int64, left-padded."""
+    prompt_mask: Tensor
+    """[B, P] bool."""
+    completion_ids: Tensor
+    """[B, C] int64, right-padded."""
+    completion_mask: Tensor
+    """[B, C] bool."""
+    ended: Tensor
+    """[B] bool."""
+    policy_logprobs: Tensor
+    """[B, C] nats, of each completion token under the policy that sampled it; 0 on padding."""
+    reference_logprobs: Tensor
+    """[B, C] nats, the same under the reference policy; 0 on padding."""
+    values: Tensor
+    """[B, C]; `values[:, t]` is the value of the state before completion token t; 0 on padding."""
+    scores: Tensor
+    """[B], the reward model's numbers, normalised where the recipe asks for it, before any penalty."""
+
+    @property
+    def ids(self) -> Tensor:
+        """Prompt and completion, [B, T]."""
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool."""
+        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+    def rows(self, index: Tensor) -> Rollout:
+        """Return the rows of `index` [M], without columns that are padding in all of them."""
+        picked = Rollout(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        first = int(picked.prompt_mask.sum(1).max())
+        last = int(picked.completion_mask.sum(1).max())
+        left = {name: getattr(picked, name)[:, picked.prompt_ids.shape[1] - first :] for name in _PROMPT_FIELDS}
+        right = {name: getattr(picked, name)[:, :last] for name in _COMPLETION_FIELDS}
+        return Rollout(**left, **right, ended=picked.ended, scores=picked.scores)
+
+
+_PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
+_COMPLETION_FIELDS = ("completion_ids", "completion_mask", "policy_logprobs", "reference_logprobs", "values")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the policy and the value function learn towards."""
+
+    advantages: Tensor
+    """[B, C], 0 on padding."""
+    returns: Tensor
+    """[B, C], 0 on padding."""

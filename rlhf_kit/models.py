@@ -1,0 +1,438 @@
+"""One frozen base, loaded once; every role on it is a LoRA adapter, and some roles carry a head.
+
+Two ways of using the base stand here. A stage that trains one adapter with a stock trainer takes `load_base`, perhaps
+`classifier`, and `add_adapter`. PPO takes a `SharedBase`, on which policy, reference policy, reward model and value
+function live side by side; only `SharedBase.using` switches between them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from rlhf_kit import artifacts, recipe
+from rlhf_kit.collate import TextFormat
+from rlhf_kit.errors import InputError
+
+BASE = "base"
+"""The role without an adapter: the pretrained checkpoint itself. It is not the KL reference."""
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_BASE_HASH = "base_sha256"  # key in the metadata of an adapter's weights
+
+
+# ---------------------------------------------------------------- the base
+
+
+def base_identity(base: recipe.Base) -> dict[str, Any]:
+    """Return what makes two bases the same one: name, revision, precision and, for a local folder, its content's hash."""
+    local = Path(base.model)
+    return {
+        "name": base.model,
+        "revision": base.revision,
+        "quantization": base.quantization,
+        "dtype": base.dtype,
+        "sha256": artifacts.content_hash_of_model_folder(local) if local.is_dir() else None,
+    }
+
+
+def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerator) -> PreTrainedModel:
+    """Return the causal language model of the recipe on this process's device: frozen and in eval mode.
+
+    Raises:
+        InputError: it cannot be loaded from safetensors, weights are missing, or the tokenizer has more entries than
+            the embedding has rows.
+    """
+    dtype = getattr(torch, base.dtype)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base.model,
+            revision=base.revision,
+            dtype=dtype,
+            quantization_config=_quantization(base.quantization, dtype),
+            device_map={"": accelerator.device},
+            trust_remote_code=base.trust_remote_code,  # None would ask on the terminal
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"base.model: cannot load {base.model}: {str(error).strip().splitlines()[0]}") from error
+    unloaded = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if unloaded:
+        raise InputError(
+            f"base.model: {base.model}: the checkpoint has no weights for {', '.join(unloaded[:5])}"
+            f"{' …' if len(unloaded) > 5 else ''}; they would be random. Use a complete checkpoint."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(text_format.tokenizer) > rows:
+        raise InputError(
+            f"base.model: {base.model}: the tokenizer has {len(text_format.tokenizer)} entries but the embedding "
+            f"only {rows} rows; use the tokenizer that belongs to the checkpoint."
+        )
+    _steady_4bit_on_cpu(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _quantization(name: Literal["none", "8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return None
+
+
+def _steady_4bit_on_cpu(model: nn.Module) -> None:
+    """Keep 4-bit layers off the AVX512-BF16 path, which repacks their weights in the first no-grad forward pass.
+
+    After that, gradients are silently wrong (relative error 0.955), and widths that 64 does not divide crash.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+# ---------------------------------------------------------------- the reward model's shape
+
+
+def classifier(causal: PreTrainedModel) -> PreTrainedModel:
+    """Return a one-label sequence classifier around the trunk of `causal`, with a new head.
+
+    It is the architecture's own `…ForSequenceClassification`, so adapters trained on it are standard `SEQ_CLS` ones.
+    The trunk is shared, not loaded again: loading a checkpoint with tied embeddings as a classifier may leave its
+    embeddings random. The score is read at the last real token by the attention mask, not by comparing with a pad id.
+
+    Raises:
+        InputError: transformers has no sequence classifier for this architecture.
+    """
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            shell = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise InputError(
+            f"base.model: {type(causal).__name__} has no sequence classifier in transformers, so no reward model can "
+            "be built on it; use another base, or name a Hub model or a function as the reward."
+        ) from error
+    if shell.base_model_prefix != causal.base_model_prefix or not isinstance(getattr(shell, "score", None), nn.Linear):
+        raise InputError(
+            f"base.model: the sequence classifier of {type(causal).__name__} does not share its trunk; use another "
+            "base, or name a Hub model or a function as the reward."
+        )
+    trunk = getattr(causal, causal.base_model_prefix)
+    setattr(shell, shell.base_model_prefix, trunk)
+    width = shell.score.in_features
+    shell.score = new_head(width, causal.device)
+    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "quantization_method", "hf_quantizer", "hf_device_map"):
+        if hasattr(causal, name):
+            setattr(shell, name, getattr(causal, name))
+    shell.forward = types.MethodType(_classify, shell)
+    return shell.eval()
+
+
+def new_head(width: int, device: torch.device, *, bias: bool = False) -> nn.Linear:
+    """Return a float32 head from `width` to one number, with weights of variance 1 / (width + 1).
+
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.1.
+    """
+    head = nn.Linear(width, 1, bias=bias, device=device, dtype=torch.float32)
+    nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
+    if bias:
+        nn.init.zeros_(head.bias)
+    return head
+
+
+def _classify(
+    self: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    **_: Any,
+) -> SequenceClassifierOutput:
+    """The forward pass of `classifier`: logits [B, 1], the head at the last position that the mask marks as real."""
+    trunk = getattr(self, self.base_model_prefix)
+    hidden = trunk(
+        input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False
+    ).last_hidden_state
+    if attention_mask is None:
+        last = torch.full(hidden.shape[:1], hidden.shape[1] - 1, device=hidden.device)
+    else:
+        last = (torch.arange(hidden.shape[1], device=hidden.device) * attention_mask).argmax(-1)
+    return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(hidden)), last].float()))
+
+
+def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the raw scores [B] that a reward model (with or without PEFT or DDP around it) gives whole sequences."""
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1).float()
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    adapter: recipe.Adapter,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"],
+    *,
+    init: Path | None,
+    seed: int,
+    base: recipe.Base,
+) -> PeftModel:
+    """Return `model` with a new trainable float32 LoRA adapter named "default".
+
+    init: an adapter folder whose LoRA weights it starts from (its heads are not taken over); None starts at zero.
+    seed: of the adapter's random half and, for `SEQ_CLS`, of the head.
+
+    Raises:
+        InputError: `init` was made for another base or has another shape.
+    """
+    config = LoraConfig(
+        task_type=TaskType(task),
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules
+        if isinstance(adapter.target_modules, str)
+        else list(adapter.target_modules),
+    )
+    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
+        torch.manual_seed(seed)
+        if task == "SEQ_CLS":
+            nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+        try:
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from error
+    if init is not None:
+        _copy_lora(peft_model, "default", init, base)
+    return peft_model
+
+
+def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = "default") -> None:
+    """Write one adapter as standard PEFT files, with its head where it has one, naming the base as the recipe does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
+    metadata = {"format": "pt", _BASE_HASH: base_identity(base)["sha256"] or ""}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata=metadata)
+    config = copy.deepcopy(model.peft_config[role])
+    config.inference_mode = True
+    config.base_model_name_or_path = base.model
+    config.revision = None if Path(base.model).is_dir() else base.revision
+    config.save_pretrained(str(folder))
+
+
+def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> dict[str, Tensor]:
+    """Copy an adapter folder's LoRA weights into `role` and return the other tensors of the folder (heads)."""
+    stored, metadata = read_adapter(folder)
+    theirs, ours = metadata.get(_BASE_HASH), base_identity(base)["sha256"]
+    if theirs and ours and theirs != ours:
+        raise InputError(
+            f"{folder}: this adapter was made for another base (content {theirs[:12]}) than {base.model} "
+            f"(content {ours[:12]}); name the base it was trained on, or train it again on this one."
+        )
+    lora_name = re.compile(rf"\.(lora_\w+)\.{re.escape(role)}(\.weight)?$")
+    wanted = {
+        lora_name.sub(r".\1\2", name): parameter
+        for name, parameter in model.named_parameters()
+        if lora_name.search(name)
+    }
+    lora = {name: tensor for name, tensor in stored.items() if ".lora_" in name}
+    wrong = sorted(wanted.keys() ^ lora.keys()) or [
+        name for name, tensor in lora.items() if tensor.shape != wanted[name].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{folder}: this adapter does not fit {base.model} with the recipe's adapter settings: {wrong[0]} and "
+            f"{len(wrong) - 1} more weights differ in name or shape; it was made for another base, rank or target."
+        )
+    with torch.no_grad():
+        for name, tensor in lora.items():
+            wanted[name].copy_(tensor)
+    return {name: tensor for name, tensor in stored.items() if name not in lora}
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of an adapter folder's weights."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; an adapter folder holds adapter_config.json and {ADAPTER_WEIGHTS}.")
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return `model` with the adapter (and head) of a finished stage, frozen and in eval mode."""
+    return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+# ---------------------------------------------------------------- all roles on one base
+
+
+class SharedBase:
+    """A frozen base and the roles on it.
+
+    A role is a LoRA adapter and, for reward model and value function, a float32 head. `BASE` is the role without an
+    adapter. Everything runs in eval mode, also under gradients: with 8-bit weights train and eval mode compute
+    different logits, and the ratio of new to old probabilities would not start at 1.
+    """
+
+    def __init__(self, causal: PreTrainedModel, base: recipe.Base) -> None:
+        self.causal = causal
+        self.base = base
+        self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
+        self.heads: dict[str, nn.Linear] = {}
+        self.peft: PeftModel | None = None
+        self._layers: list[BaseTunerLayer] = []
+        self._trainable: dict[str, dict[str, nn.Parameter]] = {}
+        self._active = BASE
+        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+        self._adjust_logits = _logit_adjustment(causal)
+        self._check_logits()
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.device
+
+    @property
+    def width(self) -> int:
+        """Size of the trunk's hidden states."""
+        return int(self.causal.config.get_text_config().hidden_size)
+
+    def add(self, role: str, folder: Path, *, trainable: bool = False) -> dict[str, Tensor]:
+        """Add a role whose adapter starts as a copy of the one in `folder`; return the folder's other tensors (heads).
+
+        Raises:
+            InputError: the adapter was made for another base.
+        """
+        config = LoraConfig.from_pretrained(str(folder))
+        config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
+        config.lora_dropout = 0.0
+        if self.peft is None:
+            self.peft = get_peft_model(self.causal, config, adapter_name=role)
+        else:
+            self.peft.add_adapter(role, config)
+        heads = _copy_lora(self.peft, role, folder, self.base)
+        self._layers = [module for module in self.causal.modules() if isinstance(module, BaseTunerLayer)]
+        for name, parameter in self.peft.named_parameters():
+            if re.search(rf"\.lora_\w+\.{re.escape(role)}(\.weight)?$", name):
+                parameter.requires_grad_(trainable)
+                if trainable:
+                    self._trainable.setdefault(role, {})[name] = parameter
+        self.peft.eval()
+        self._activate(self._active)
+        return heads
+
+    def set_head(self, role: str, head: nn.Linear, *, trainable: bool = False) -> None:
+        """Give a role its head; a trainable head joins the role's parameters."""
+        self.heads[role] = head.requires_grad_(trainable)
+        if trainable:
+            for name, parameter in head.named_parameters():
+                self._trainable.setdefault(role, {})[f"head.{name}"] = parameter
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return every trainable parameter as "role/name", in a fixed order."""
+        return {f"{role}/{name}": p for role in sorted(self._trainable) for name, p in self._trainable[role].items()}
+
+    def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters of one role."""
+        return self._trainable.get(role, {})
+
+    def save(self, role: str, folder: Path) -> None:
+        """Write a role's adapter as standard PEFT files, and its head, if it has one, beside it as `head.safetensors`."""
+        assert self.peft is not None
+        save_adapter(self.peft, folder, self.base, role)
+        if role in self.heads:
+            tensors = {name: tensor.detach().cpu() for name, tensor in self.heads[role].state_dict().items()}
+            save_file(tensors, folder / "head.safetensors")
+
+    @contextmanager
+    def using(self, role: str) -> Iterator[None]:
+        """Run the block with the adapter of `role`; nothing else switches adapters, and nothing else is changed."""
+        before = self._active
+        self._activate(role)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def _activate(self, role: str) -> None:
+        for layer in self._layers:
+            if role == BASE:
+                layer.enable_adapters(False)
+            else:
+                layer.enable_adapters(True)
+                layer.set_adapter(role, inference_mode=True)
+        for parameter in self.trainable().values():  # PEFT turns gradients off when it switches; a role keeps its own
+            parameter.requires_grad_(True)
+        self._active = role
+
+    def hidden(self, role: str, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the trunk's last hidden states [B, T, H] of `ids` [B, T] under a role's adapter.
+
+        mask: [B, T], true for real tokens; rows may be padded on both sides, positions count real tokens.
+        """
+        with self.using(role):
+            return self.trunk(
+                input_ids=ids, attention_mask=mask.long(), use_cache=False, **self.positions(mask)
+            ).last_hidden_state
+
+    def positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Return the keyword for position ids [B, T] that skip padding, or nothing where the trunk takes none."""
+        return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V] of hidden states [..., H]: the base's own output head, which no role changes."""
+        return self._adjust_logits(self.causal.get_output_embeddings()(hidden))
+
+    def _check_logits(self) -> None:
+        """Refuse a base whose logits are more than its output head applied to the trunk's hidden states."""
+        ids = torch.arange(8, device=self.device).unsqueeze(0) % self.causal.config.get_text_config().vocab_size
+        with torch.no_grad():
+            whole = self.causal(input_ids=ids, use_cache=False).logits
+            ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
+            raise InputError(
+                f"base.model: {type(self.causal).__name__} changes its logits after the output head in a way this "
+                "version does not know, so PPO would train on other probabilities than it samples; use another base."
+            )
+
+
+def _logit_adjustment(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return what the architecture does to the output head's result: Gemma caps, Cohere and Granite scale."""
+    config = causal.config.get_text_config()
+    if cap := getattr(config, "final_logit_softcapping", None):
+        return lambda logits: torch.tanh(logits / cap) * cap
+    if scale := getattr(config, "logit_scale", None):
+        return lambda logits: logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        return lambda logits: logits / divisor
+    return lambda logits: logits
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Return an adapter folder's `adapter_config.json`."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; this is not an adapter folder.")
+    return json.loads(path.read_text())
