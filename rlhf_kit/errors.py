@@ -1,0 +1,29 @@
+"""The two ways a run may end early on purpose; every other exception is a bug or a broken machine and travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["InputError", "Interrupted"]
+
+
+class InputError(Exception):
+    """What the user gave us is wrong: recipe, data card, data or arguments. Ends the process with exit code 2.
+
+    A message says where, what, what was seen and what would work:
+    `recipes/my.yaml:31: stages.ppo.kl_coeff: unknown key; did you mean kl_coef?`
+    Several problems found together are given as a sequence; `str()` puts each on its own line.
+    """
+
+    problems: tuple[str, ...]
+
+    def __init__(self, message: str | Sequence[str]):
+        self.problems = (message,) if isinstance(message, str) else tuple(message)
+        super().__init__(message)  # the argument itself, so that the exception survives pickling
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class Interrupted(Exception):
+    """Stopped by SIGTERM or SIGINT after a checkpoint was saved. Ends the process with exit code 75."""
