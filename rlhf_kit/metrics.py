@@ -6,6 +6,7 @@ stdout is left to results. Nothing leaves the machine unless the recipe names a 
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -178,6 +179,15 @@ def progress(iterable: Iterable[Any] | None = None, total: int | None = None, de
     if is_main_process() and sys.stderr.isatty():
         return tqdm(iterable, total=total, desc=desc, file=sys.stderr, leave=False, dynamic_ncols=True)
     return PlainProgress(iterable, total, desc, enabled=is_main_process())
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far: of the GPU where there is one, else resident (Linux, macOS)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def duration(seconds: float) -> str:
