@@ -1,0 +1,261 @@
+"""The files of a run: written whole or not at all, known by their hashes, described by one manifest a stage.
+
+A run directory holds one folder a stage. A stage is finished when its `manifest.json` is there, which is written last.
+No torch here; nothing here decides what is run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_kit.errors import InputError
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+RECIPE = "recipe.resolved.yaml"
+ENVIRONMENT = "environment.json"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+PREVIOUS = ".previous"  # suffix of a finished stage's folder while the stage is run again
+SCHEMA = 1
+PACKAGES = (
+    *("rlhf-kit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers"),
+    *("safetensors", "huggingface_hub", "numpy", "pyarrow", "pydantic"),
+)
+"""Those whose version environment.json tells."""
+
+
+# ---------------------------------------------------------------- hashes
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(value: Any) -> str:
+    """Return the SHA-256, in hex, of a JSON value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_hash_of_model_folder(folder: Path) -> str:
+    """Return one SHA-256, in hex, over the files that make a model: configuration, tokenizer, templates and weights.
+
+    Other files (a README, samples) may change without making it another model. Names count, times and places do not.
+    """
+    return hash_of({path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if _makes_the_model(path)})
+
+
+def _makes_the_model(path: Path) -> bool:
+    suffixes = {".json", ".safetensors", ".model", ".jinja", ".py"}
+    return path.is_file() and (path.suffix in suffixes or path.name in {"merges.txt", "vocab.txt"})
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Put a text file in place whole: written beside, synced, renamed. A crash leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; numbers that JSON does not know (nan, inf) are an error."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def truncate_jsonl(path: Path, step: int) -> None:
+    """Remove the lines of a JSON-lines file whose "step" is above `step`, and a last line that a crash cut off."""
+    if not path.exists():
+        return
+    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    write_atomically(path, "".join(line + "\n" for line in whole_lines if json.loads(line)["step"] <= step))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return every file of a finished stage's folder as {"adapter/x": {"bytes", "sha256"}}.
+
+    Not its checkpoints and not the two files that say how far the stage is.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in {MANIFEST, STARTED} and not name.startswith(f"{CHECKPOINTS}/"):
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    return files
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a stage's manifest, or None where the stage is not finished.
+
+    Raises:
+        InputError: it is not a manifest this version can read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = read_json(path)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); delete {folder} to run the stage again.") from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise InputError(
+            f"{path}: manifest schema {schema}, this version reads {SCHEMA}; run with --fresh or --out DIR."
+        )
+    return manifest
+
+
+def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the files a manifest lists: "adapter/x: missing", "…: 10 bytes, was 12", "…: changed"."""
+    problems = []
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif (size := path.stat().st_size) != expected["bytes"]:
+            problems.append(f"{name}: {size} bytes, was {expected['bytes']}")
+        elif sha256_of_file(path) != expected["sha256"]:
+            problems.append(f"{name}: changed")
+    return problems
+
+
+def manifest_hash(folder: Path) -> str:
+    """Return the hash by which a later stage names the manifest it consumed."""
+    return sha256_of_file(folder / MANIFEST)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return what changed between two flat mappings, one "key: old -> new" each, hashes shortened."""
+    return [
+        f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
+        for key in [*old, *(key for key in new if key not in old)]
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    return value[:12] if is_hash else "none" if value is None else json.dumps(value)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys: {"a": {"b": 1}} is {"a.b": 1}."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    pairs: dict[str, Any] = {}
+    for key, item in value.items():
+        pairs |= flat(item, f"{prefix}.{key}" if prefix else key)
+    return pairs
+
+
+# ---------------------------------------------------------------- the run directory
+
+
+def check_run_directory(folder: Path) -> None:
+    """Refuse a folder that holds something else than a run, before anything is written into it.
+
+    Raises:
+        InputError: it is a file, or a folder with other people's things in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; a run needs a folder of its own (--out DIR).")
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not (folder / RECIPE).is_file():
+        raise InputError(f"{folder}: is not empty and holds no {RECIPE}; a run needs a folder of its own (--out DIR).")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run directory, so that two runs do not write into it. A lock left by a killed process holds nobody.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"{folder}: another run is at work here ({file.read().strip() or 'it does not say who'}); "
+                "wait for it, stop it, or use --out DIR."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield  # closing the file releases the lock; the kernel does the same when the process dies
+
+
+def set_aside(folder: Path) -> None:
+    """Clear the way for a stage to run anew: a finished stage is kept as `<stage>.previous`, an unfinished one removed."""
+    if not folder.exists():
+        return
+    if (folder / MANIFEST).is_file():
+        kept = folder.with_name(folder.name + PREVIOUS)
+        remove_folder(kept)
+        folder.rename(kept)
+    else:
+        remove_folder(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a stage's folder, its manifest first, so that a half-removed one never looks finished."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def environment(device: str, processes: int) -> dict[str, Any]:
+    """Return what a run ran on: versions of Python and the packages, system, device. No names, paths or secrets."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None  # run from a checkout that is not installed
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "processes": processes,
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": versions,
+    }

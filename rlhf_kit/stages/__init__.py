@@ -1,0 +1,88 @@
+"""What a stage gets and gives back. Each stage is a module with one function, `run(job) -> Outcome`.
+
+A stage looks into `job.folder / "checkpoints"` and goes on from there. Only the main process writes. When
+`job.stop.requested` is set in any process, the stage saves a checkpoint if it can and raises `Interrupted`. It does not
+write `manifest.json`: the pipeline does, last, from the Outcome.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+
+from rlhf_kit.collate import TextFormat
+from rlhf_kit.errors import Interrupted
+from rlhf_kit.examples import Examples
+from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
+
+__all__ = ["Job", "Outcome", "StopRequest"]
+
+
+class StopRequest:
+    """While it is entered, SIGTERM and SIGINT ask the run to stop at the next safe place instead of ending it.
+
+    A second SIGINT ends it at once. Between `now_safe` and `not_safe` there is nothing to lose, and a signal raises
+    `Interrupted` where it comes. Outside the main thread signals cannot be caught, and nothing is.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.safe = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self.safe:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run."""
+
+    recipe: Recipe
+    name: str
+    settings: SFTStage | RewardStage | PPOStage
+    folder: Path
+    """Where adapter/, metrics.jsonl, samples.jsonl and checkpoints/ go."""
+    inputs: Mapping[str, dict[str, Any]]
+    """The manifests of the stages this one builds on, by stage name; their files have been verified."""
+    examples: Mapping[str, Examples]
+    """By card path, as the recipe names it."""
+    text_format: TextFormat
+    accelerator: Accelerator
+    stop: StopRequest
+
+    def input_folder(self, stage: str) -> Path:
+        """Return the folder of an earlier stage."""
+        return self.folder.parent / stage
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage tells its manifest."""
+
+    metrics: dict[str, float]
+    """The final figures, by metric name."""
+    data: dict[str, Any]
+    """What was read: cards, rows, counts."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More top-level fields of the manifest, e.g. `score_normalisation`, `probe`, `tokens`."""
