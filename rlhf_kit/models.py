@@ -8,8 +8,10 @@ function live side by side; only `SharedBase.using` switches between them.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
+import logging
 import math
 import re
 import types
@@ -25,12 +27,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf_kit import artifacts, recipe
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError
+
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every layer of every pass
 
 BASE = "base"
 """The role without an adapter: the pretrained checkpoint itself. It is not the KL reference."""
@@ -43,15 +53,26 @@ _BASE_HASH = "base_sha256"  # key in the metadata of an adapter's weights
 
 
 def base_identity(base: recipe.Base) -> dict[str, Any]:
-    """Return what makes two bases the same one: name, revision, precision and, for a local folder, its content's hash."""
+    """Return what makes two bases the same: name, revision, precision and, for a local folder, its content's hash."""
     local = Path(base.model)
     return {
         "name": base.model,
         "revision": base.revision,
         "quantization": base.quantization,
         "dtype": base.dtype,
-        "sha256": artifacts.content_hash_of_model_folder(local) if local.is_dir() else None,
+        "sha256": _content_hash(local) if local.is_dir() else None,
     }
+
+
+@functools.cache  # a base is gigabytes, and does not change while it is in use
+def _content_hash(folder: Path) -> str:
+    return artifacts.content_hash_of_model_folder(folder)
+
+
+def context_length(base: recipe.Base) -> int | None:
+    """Return how many tokens the base reads at most, or None where its configuration sets no limit."""
+    config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerator) -> PreTrainedModel:
@@ -95,7 +116,9 @@ def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerat
 
 def _quantization(name: Literal["none", "8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if name == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # Threshold 0 turns the outlier decomposition off. With it a row's logits depend on the other rows of its batch
+        # (by up to 0.5 nats on a small Llama), so log-probabilities of one completion would differ between passes.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     if name == "4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return None
@@ -359,7 +382,7 @@ class SharedBase:
         return self._trainable.get(role, {})
 
     def save(self, role: str, folder: Path) -> None:
-        """Write a role's adapter as standard PEFT files, and its head, if it has one, beside it as `head.safetensors`."""
+        """Write a role's adapter as standard PEFT files, and its head, if any, beside it as `head.safetensors`."""
         assert self.peft is not None
         save_adapter(self.peft, folder, self.base, role)
         if role in self.heads:

@@ -1,0 +1,83 @@
+"""Prompts to completions, by sampling from the whole distribution of a role at the recipe's temperature.
+
+Nothing is truncated (no top-k, no top-p): PPO's ratios and KL speak of the distribution that was sampled from.
+Each completion consumes its own uniform numbers, drawn from the seed and its global row, so the same recipe samples
+the same completions in any number of processes and after any restart (up to the order of float summation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_kit.batches import Completions, PromptBatch
+from rlhf_kit.maths.logprobs import sample_inverse_cdf
+from rlhf_kit.models import SharedBase
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a 63-bit seed that depends on all the parts, for example (seed, stage, "rollout", update)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def uniforms(rows: Sequence[int], total: int, length: int, *seed_parts: object) -> Tensor:
+    """Return [len(rows), length] uniform numbers in [0, 1): the given rows of the global [total, length] draw."""
+    generator = torch.Generator().manual_seed(derived_seed(*seed_parts))
+    return torch.rand(total, length, generator=generator)[list(rows)]
+
+
+@torch.no_grad()
+def generate(
+    shared: SharedBase,
+    role: str,
+    prompts: PromptBatch,
+    uniform: Tensor,
+    *,
+    end_id: int,
+    pad_id: int,
+    temperature: float = 1.0,
+) -> Completions:
+    """Return one completion for each prompt, of at most C tokens, its end token included.
+
+    uniform: [B, C] numbers in [0, 1), one for every token that may be sampled; they set C.
+    A row that has ended leaves the batch, so the steps get cheaper as rows end.
+    """
+    device = shared.device
+    count, limit = uniform.shape
+    uniform = uniform.to(device)
+    ids = torch.full((count, limit), pad_id, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+
+    running = torch.arange(count, device=device)
+    mask, step_ids, cache = prompts.prompt_mask.to(device), prompts.prompt_ids.to(device), None
+    with shared.using(role):
+        for step in range(limit):
+            positions = {name: tensor[:, -step_ids.shape[1] :] for name, tensor in shared.positions(mask).items()}
+            output = shared.trunk(
+                input_ids=step_ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
+            )
+            cache = output.past_key_values
+            tokens, _ = sample_inverse_cdf(
+                shared.logits(output.last_hidden_state[:, -1]), uniform[running, step], temperature
+            )
+            ids[running, step] = tokens
+            lengths[running] = step + 1
+            at_end = tokens == end_id
+            ended[running[at_end]] = True
+            if bool(at_end.any()):
+                going_on = (~at_end).nonzero().squeeze(1)
+                if len(going_on) == 0:
+                    break
+                running, tokens, mask = running[going_on], tokens[going_on], mask[going_on]
+                cache.batch_select_indices(going_on)
+            step_ids = tokens.unsqueeze(1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+    longest = int(lengths.max())
+    completion_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
+    return Completions(ids[:, :longest], completion_mask, ended)

@@ -1,0 +1,96 @@
+"""Generate and score: prompts -> `Rollout`.
+
+The same functions score completions before and during learning, so that the first ratio is 1: both run in eval mode,
+at the sampling temperature, and read log-probabilities only at completion positions, a chunk of the vocabulary's
+logits at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_kit.batches import Completions, PromptBatch, Rollout
+from rlhf_kit.maths.logprobs import chunked_token_logprobs
+from rlhf_kit.models import SharedBase
+
+LOGIT_BYTES = 64 * 2**20
+"""Upper bound of the float32 logits that are held at a time; sets the chunk length."""
+
+ValueFunction = Callable[[Rollout, Tensor | None], Tensor]
+"""(rollout, the policy's completion states [B, C, H] or None) -> values [B, C], 0 on padding."""
+
+
+def microbatches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield `rows` in pieces of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield list(rows[start : start + size])
+
+
+def completion_states(shared: SharedBase, role: str, rollout: Rollout) -> Tensor:
+    """Return the hidden states [B, C, H] from which a role predicts each completion token."""
+    prompt_length = rollout.prompt_ids.shape[1]
+    return shared.hidden(role, rollout.ids, rollout.mask)[:, prompt_length - 1 : -1]
+
+
+def completion_logprobs(shared: SharedBase, states: Tensor, rollout: Rollout, temperature: float) -> Tensor:
+    """Return the log-probabilities [B, C], float32 nats, of a rollout's tokens given their states [B, C, H].
+
+    Logits are made for real tokens only, and never for more than `LOGIT_BYTES` at once, with or without gradients.
+    """
+    mask = rollout.completion_mask
+    vocabulary = shared.causal.get_output_embeddings().weight.shape[0]
+    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
+    logprobs = chunked_token_logprobs(states[mask], shared.logits, rollout.completion_ids[mask], temperature, chunk)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+def unscored(prompts: PromptBatch, completions: Completions) -> Rollout:
+    """Return the tokens of a rollout with zeros where the numbers go."""
+    zeros = torch.zeros(completions.completion_ids.shape, device=completions.completion_ids.device)
+    return Rollout(
+        prompt_ids=prompts.prompt_ids.to(zeros.device),
+        prompt_mask=prompts.prompt_mask.to(zeros.device),
+        completion_ids=completions.completion_ids,
+        completion_mask=completions.completion_mask,
+        ended=completions.ended,
+        policy_logprobs=zeros,
+        reference_logprobs=zeros,
+        values=zeros,
+        scores=zeros[:, 0],
+    )
+
+
+def fill(target: Tensor, rows: Sequence[int], values: Tensor) -> None:
+    """Write `values` [M, c] of some rows into the left part of `target` [B, C]."""
+    target[list(rows), : values.shape[1]] = values.to(target.dtype)
+
+
+@torch.no_grad()
+def scored_by_models(
+    shared: SharedBase,
+    rollout: Rollout,
+    *,
+    policy: str,
+    reference: str,
+    value: ValueFunction,
+    temperature: float,
+    microbatch: int,
+    passes: Callable[[Iterable[list[int]]], Iterable[list[int]]] = lambda pieces: pieces,
+) -> dict[str, Tensor]:
+    """Return `policy_logprobs`, `reference_logprobs` and `values`, each [B, C], computed a microbatch at a time.
+
+    passes: wraps the loop over microbatches, for a progress bar.
+    """
+    count = len(rollout.scores)
+    result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
+    for rows in passes(microbatches(range(count), microbatch)):
+        piece = rollout.rows(torch.tensor(rows, device=shared.device))
+        states = completion_states(shared, policy, piece)
+        fill(result["policy_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
+        fill(result["values"], rows, value(piece, states))
+        states = completion_states(shared, reference, piece)
+        fill(result["reference_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
+    return result

@@ -1,0 +1,198 @@
+"""What gives completions their scores: a reward stage's adapter, another classifier, or a Python function."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_kit.errors import InputError
+from rlhf_kit.examples import Prompt
+from rlhf_kit.models import SharedBase, new_head
+
+
+@dataclass(frozen=True)
+class Written:
+    """Completions of one batch, as tokens of the policy and as text."""
+
+    prompts: Sequence[Prompt]
+    texts: Sequence[str]
+    """Completions without their end token."""
+    ids: Tensor
+    """[B, T] prompt and completion, prompts left-padded, completions right-padded."""
+    mask: Tensor
+    """[B, T] bool."""
+
+    def rows(self, index: Sequence[int]) -> Written:
+        """Return some of the completions."""
+        picked = list(index)
+        texts, prompts = [self.texts[row] for row in picked], [self.prompts[row] for row in picked]
+        return Written(prompts, texts, self.ids[picked], self.mask[picked])
+
+
+class Scorer(Protocol):
+    """Raw scores [B], float32, of one batch."""
+
+    def __call__(self, written: Written) -> Tensor: ...
+
+
+class AdapterScorer:
+    """The reward model as a role on the shared base: it reads the policy's own tokens, end token included."""
+
+    def __init__(self, shared: SharedBase, role: str) -> None:
+        self.shared = shared
+        self.role = role
+
+    @torch.no_grad()
+    def __call__(self, written: Written) -> Tensor:
+        hidden = self.shared.hidden(self.role, written.ids, written.mask)
+        last = hidden.shape[1] - 1 - written.mask.flip(1).long().argmax(1)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self.shared.heads[self.role](hidden[rows, last].float()).squeeze(-1)
+
+
+def add_reward_role(shared: SharedBase, role: str, folder: Path) -> AdapterScorer:
+    """Return the scorer of a reward stage's adapter folder, added to the shared base as a frozen role."""
+    heads = shared.add(role, folder)
+    weights = [tensor for name, tensor in heads.items() if name.endswith("score.weight")]
+    if len(weights) != 1 or weights[0].shape != (1, shared.width):
+        raise InputError(f"{folder}: holds no score head for this base; a reward model is a SEQ_CLS adapter with one.")
+    head = new_head(shared.width, shared.device)
+    with torch.no_grad():
+        head.weight.copy_(weights[0])
+    shared.set_head(role, head)
+    return AdapterScorer(shared, role)
+
+
+class ClassifierScorer:
+    """A sequence classifier from the Hub or a folder, with its own tokenizer and chat template.
+
+    A text prompt becomes one user turn where that tokenizer has a chat template, and stands as it is where not.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.model, report = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"reward: cannot load {name}: {str(error).strip().splitlines()[0]}") from error
+        if report["missing_keys"]:
+            raise InputError(
+                f"reward: {name}: has no weights for {', '.join(sorted(report['missing_keys']))}; this is not a "
+                "finished sequence classifier."
+            )
+        if self.model.config.num_labels != 1:
+            raise InputError(
+                f"reward: {name}: has {self.model.config.num_labels} labels; a reward model has one, its score. "
+                "Wrap it in a function (package.module:function) that turns its labels into one number."
+            )
+        self.model.to(device).eval().requires_grad_(False)
+        self.limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def render(self, prompt: Prompt, completion: str) -> list[int]:
+        """Return the token ids of one dialogue in this model's own format."""
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            text = self.tokenizer.apply_chat_template(
+                [*turns, {"role": "assistant", "content": completion}], tokenize=False
+            )
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"reward: {self.name}: its tokenizer has no chat template, but the prompts are chat messages; use a "
+                "reward model with a template, or a function."
+            )
+        return self.tokenizer(prompt + completion)["input_ids"]
+
+    @torch.no_grad()
+    def __call__(self, written: Written) -> Tensor:
+        rows = [self.render(*pair) for pair in zip(written.prompts, written.texts, strict=True)]
+        longest = max(map(len, rows))
+        if self.limit is not None and longest > self.limit:
+            raise InputError(
+                f"reward: {self.name}: reads at most {self.limit} tokens, but a dialogue has {longest}; shorten the "
+                "prompts or max_new_tokens, or use a reward model with a longer context."
+            )
+        # One dialogue at a time: which token a batch's score is read at depends on the architecture and its pad token.
+        scores = [self.model(torch.tensor([row], device=self.model.device)).logits.float() for row in rows]
+        return torch.cat(scores).squeeze(-1)
+
+
+class FunctionScorer:
+    """A Python function `package.module:function(prompts, completions) -> numbers`, the user's own code."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self.function = load_function(name)
+        self.device = device
+
+    def __call__(self, written: Written) -> Tensor:
+        return torch.tensor(
+            call_function(self.function, self.name, written.prompts, written.texts), device=self.device
+        )
+
+
+def external_scorer(name: str, device: torch.device) -> Scorer:
+    """Return the scorer of a `reward:` that is no stage: a function where it has a colon, else a classifier."""
+    return FunctionScorer(name, device) if ":" in name else ClassifierScorer(name, device)
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """Return the function that "package.module:function" names; modules in the working directory count too.
+
+    Raises: InputError when there is no such module or function.
+    """
+    module_name, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # as `python -m` does, so that the console script finds the same modules
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise InputError(f"{name}: cannot import {module_name} ({error}); run where it can be imported.") from error
+    except AttributeError as error:
+        raise InputError(f"{name}: module {module_name} has no {attribute!r}.") from error
+    if not callable(function):
+        raise InputError(f"{name}: is a {type(function).__name__}, not a function of (prompts, completions).")
+    return function
+
+
+def call_function(
+    function: Callable[..., Any], name: str, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> list[float]:
+    """Return the function's numbers, one for each completion.
+
+    Raises: InputError when they are not that many finite numbers.
+    """
+    numbers = [float(number) for number in function(list(prompts), list(completions))]
+    if len(numbers) != len(completions):
+        raise InputError(f"{name}: returned {len(numbers)} numbers for {len(completions)} completions.")
+    for number, completion in zip(numbers, completions, strict=True):
+        if not math.isfinite(number):
+            raise InputError(f"{name}: returned {number} for the completion {completion[:80]!r}; finite numbers only.")
+    return numbers
+
+
+def value_head(shared: SharedBase, reward_role: str | None, mean: float, std: float) -> nn.Linear:
+    """Return a trainable value head that starts as the normalised reward head, or at zero where there is none.
+
+    The normalised score is (w·h - mean) / std, so the head starts at weights w / std and bias -mean / std.
+    """
+    head = new_head(shared.width, shared.device, bias=True)
+    with torch.no_grad():
+        if reward_role is None:
+            head.weight.zero_()
+        else:
+            head.weight.copy_(shared.heads[reward_role].weight / std)
+            head.bias.fill_(-mean / std)
+    return head

@@ -1,0 +1,536 @@
+"""PPO with a KL penalty to the SFT policy, all roles on one base.
+
+One update: sample completions from the policy; score them with the reward model; charge every token for its KL to the
+reference policy; estimate advantages; take a few epochs of clipped policy and value steps; adapt the KL coefficient.
+
+Sources: Ziegler et al. 2019 (arXiv 1909.08593) for the reward and the adaptive coefficient, Schulman et al. 2017
+(arXiv 1707.06347) for the losses, Ouyang et al. 2022 (arXiv 2203.02155) for the normalised score.
+
+Everything random (prompt order, sampled tokens, minibatches) is derived from the seed, the update and the global row,
+so a run is the same in one process or several and needs no generator state to go on from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_kit import artifacts, checkpoints, distributed
+from rlhf_kit.batches import Rollout, Targets
+from rlhf_kit.collate import left_pad, tokenise_prompts
+from rlhf_kit.errors import InputError, Interrupted
+from rlhf_kit.examples import prompts_of
+from rlhf_kit.generation import derived_seed, generate, uniforms
+from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
+from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
+from rlhf_kit.models import SharedBase, context_length, load_base
+from rlhf_kit.recipe import PPOStage, RewardStage
+from rlhf_kit.rollout import (
+    ValueFunction,
+    completion_logprobs,
+    completion_states,
+    microbatches,
+    scored_by_models,
+    unscored,
+)
+from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer, value_head
+from rlhf_kit.stages import Job, Outcome
+
+POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
+PROBE_PROMPTS = 4
+SAMPLES = 8  # completions kept for a reader whenever samples are due
+FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+"""How far a first ratio may be from 1: only the order of summation differs (padding, batch size)."""
+
+
+def run(job: Job) -> Outcome:
+    """Tune the policy; `adapter/` is the policy, `value/` the value function's adapter and head."""
+    trainer = PPO(job)
+    invariants = trainer.check_invariants()
+    first = trainer.resume()
+    log = MetricLog(job.folder / "metrics.jsonl", enabled=job.accelerator.is_main_process, accelerator=job.accelerator)
+    log.truncate_after(first)
+    for update in progress(range(first, trainer.settings.updates), desc=job.name):
+        rollout, written = trainer.roll_out(update)
+        targets = trainer.targets(rollout)
+        learned = trainer.learn(update, rollout, targets)
+        trainer.metrics = trainer.summarise(rollout, targets, learned)
+        trainer.kl_control.update(trainer.metrics["objective/kl"], trainer.settings.batch_size)
+        log.log(update + 1, trainer.metrics)
+        trainer.keep_samples(update, rollout, written)
+        trainer.checkpoint_if_due(update + 1)
+    trainer.save()
+    return Outcome(
+        metrics=trainer.metrics,
+        data=trainer.data,
+        extra={
+            "invariants": invariants,
+            "score_normalisation": {"mean": trainer.mean, "std": trainer.std},
+            "tokens": trainer.tokens,
+        },
+    )
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient or score is NaN or infinite; training on would destroy the policy."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Means over the tokens of one update's learning phase."""
+
+    policy_loss: float
+    value_loss: float
+    clip_fraction: float
+    value_clip_fraction: float
+    approx_kl: float
+    gradient_norm: float
+    first_ratio_error: float
+    learning_rate: float
+    seconds: float
+
+
+class PPO:
+    """The state of a PPO run: the roles on their base, the optimizer, the KL coefficient, the score's zero and unit."""
+
+    def __init__(self, job: Job) -> None:
+        assert isinstance(job.settings, PPOStage)
+        self.job, self.settings, self.accelerator = job, job.settings, job.accelerator
+        self.format = job.text_format
+        self.seed = (job.recipe.seed, job.name)
+        self.rows = distributed.share(self.settings.batch_size, self.accelerator)  # of each global batch
+        self.metrics: dict[str, float] = {}
+        self.tokens = 0
+        self.rollout_seconds = 0.0
+        self.saved_at = time.monotonic()
+        self._load_prompts()
+        self._load_roles()
+        self._make_optimizer()
+        target = self.settings.kl_target
+        self.kl_control: kl.FixedKL | kl.AdaptiveKL = (
+            kl.FixedKL(self.settings.kl_coef)
+            if target is None
+            else kl.AdaptiveKL(self.settings.kl_coef, target, self.settings.kl_horizon)
+        )
+
+    # ------------------------------------------------------------ setting up
+
+    def _load_prompts(self) -> None:
+        examples = prompts_of(self.job.examples[self.settings.prompts])
+        context = context_length(self.job.recipe.base)
+        room = None if context is None else context - self.settings.max_new_tokens
+        tokenised = tokenise_prompts(examples.train, self.format, room, self.settings.truncate)
+        self.prompt_ids: list[list[int]] = tokenised.rows
+        self.prompts = [examples.train[index].prompt for index in tokenised.kept]
+        self.data = {
+            "prompts": {
+                "card": examples.card.name,
+                "rows": len(self.prompts),
+                "content_hash": examples.content_hash,
+                "counts": {**examples.counts, **tokenised.counts},
+            }
+        }
+
+    def _load_roles(self) -> None:
+        job, settings = self.job, self.settings
+        base = load_base(job.recipe.base, self.format, self.accelerator)
+        self.shared = shared = SharedBase(base, job.recipe.base)
+        sft = job.input_folder(settings.policy) / "adapter"
+        shared.add(REFERENCE, sft)
+        shared.add(POLICY, sft, trainable=True)
+
+        reward_stage = job.recipe.stages.get(settings.reward)
+        self.mean, self.std = 0.0, 1.0
+        self.scorer: Scorer
+        if isinstance(reward_stage, RewardStage):
+            reward_folder = job.input_folder(settings.reward)
+            self.scorer = add_reward_role(shared, REWARD, reward_folder / "adapter")
+            if settings.normalize_score:
+                unit = job.inputs[settings.reward]["score_normalisation"]
+                self.mean, self.std = unit["mean"], unit["std"]
+        else:
+            self.scorer = external_scorer(settings.reward, shared.device)
+            if settings.normalize_score:
+                self.mean, self.std = self._unit_of_reference()
+
+        trained_reward = isinstance(reward_stage, RewardStage)
+        if settings.value == "adapter":
+            shared.add(VALUE, reward_folder / "adapter" if trained_reward else sft, trainable=True)
+        start = REWARD if trained_reward and settings.value == "adapter" else None
+        shared.set_head(VALUE, value_head(shared, start, self.mean, self.std), trainable=True)
+        self.value = value_function(shared, settings.value)
+
+    def _unit_of_reference(self) -> tuple[float, float]:
+        """Return mean and standard deviation of the scores of one batch of the reference policy's completions."""
+        rows = self._prompt_rows(0)
+        rollout, written = self._sample(REFERENCE, rows, "score unit")
+        scores = distributed.gather_rows(self._raw_scores(written).tolist(), self.accelerator)
+        unit = torch.tensor(scores, dtype=torch.float64)
+        if not float(unit.std(correction=0)) > 0:
+            raise InputError(
+                f"stages.{self.job.name}.reward: {self.settings.reward} gives all {len(scores)} completions of the "
+                f"reference policy the same score ({scores[0]}), so it has no unit; set normalize_score: false."
+            )
+        return float(unit.mean()), float(unit.std(correction=0))
+
+    def _make_optimizer(self) -> None:
+        settings = self.settings
+        self.parameters = self.shared.trainable()
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            own_rate = settings.value_learning_rate if name.startswith(f"{VALUE}/") else None
+            groups.setdefault(own_rate or settings.learning_rate, []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": rate, "initial_lr": rate} for rate, parameters in groups.items()],
+            weight_decay=settings.weight_decay,
+        )
+
+    # ------------------------------------------------------------ invariants and checkpoints
+
+    def check_invariants(self) -> dict[str, float]:
+        """Return, and log, how exactly the start is a start: KL 0, first ratio 1, and the stored scores.
+
+        Raises:
+            RuntimeError: policy and reference differ, the first ratio is not 1, or the reward model no longer scores
+                its stored probe as it did when it was saved.
+        """
+        rollout, _ = self._sample(POLICY, list(range(min(PROBE_PROMPTS, len(self.prompts)))), "probe", world=False)
+        scored = self._scored_by_models(rollout)
+        kl_error = float((scored["policy_logprobs"] - scored["reference_logprobs"]).abs().max())
+        with torch.enable_grad():
+            states = completion_states(self.shared, POLICY, rollout)
+            again = completion_logprobs(self.shared, states, rollout, self.settings.temperature)
+        ratio_error = float((torch.exp(again.detach() - scored["policy_logprobs"]) - 1).abs().max())
+        found = {"kl": kl_error, "first_ratio_error": ratio_error, "probe_score_error": self._probe_error()}
+        limits = {
+            "kl": 0.0,
+            "first_ratio_error": FIRST_RATIO_TOLERANCE[self.job.recipe.base.dtype],
+            "probe_score_error": FIRST_RATIO_TOLERANCE[self.job.recipe.base.dtype] * max(1.0, self.std),
+        }
+        for name, error in found.items():
+            if not error <= limits[name]:
+                raise RuntimeError(f"{self.job.name}: step-0 invariant {name} is {error:.3g}, not 0 as it must be")
+        say(f"{self.job.name}: invariants hold: " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
+        return found
+
+    def _probe_error(self) -> float:
+        """Return the largest difference of the stored probe's scores then and now; 0 without a reward stage."""
+        manifest = self.job.inputs.get(self.settings.reward)
+        if manifest is None:
+            return 0.0
+        errors = []
+        for probe in manifest["probe"]:
+            ids = torch.tensor([probe["ids"]], device=self.shared.device)
+            now = self.scorer(Written([""], [""], ids, torch.ones_like(ids, dtype=torch.bool)))
+            errors.append(abs(float(now) - probe["score"]))
+        return max(errors)
+
+    def resume(self) -> int:
+        """Return the update to go on with: 0, or where the newest whole checkpoint left off."""
+        found = checkpoints.latest(self.job.folder / "checkpoints", say)
+        if self.accelerator.is_main_process:
+            artifacts.truncate_jsonl(self.job.folder / "samples.jsonl", found.step if found else 0)
+        if found is None:
+            return 0
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(found.tensors[f"parameter/{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(found.state["optimizer_steps"])),
+                    "exp_avg": found.tensors[f"exp_avg/{name}"].to(parameter),
+                    "exp_avg_sq": found.tensors[f"exp_avg_sq/{name}"].to(parameter),
+                }
+        self.kl_control.load(found.state["kl_control"])
+        self.metrics, self.tokens = found.state["metrics"], found.state["tokens"]
+        say(f"{self.job.name}: going on after update {found.step}")
+        return found.step
+
+    def checkpoint_if_due(self, done: int) -> None:
+        """Save a checkpoint after `done` updates if one is due.
+
+        Raises:
+            Interrupted: the run was asked to stop; the checkpoint is saved.
+        """
+        every = self.settings.checkpoint_every
+        stop = distributed.agree(self.job.stop.requested, self.accelerator)
+        late = every.minutes is not None and time.monotonic() - self.saved_at > 60 * every.minutes
+        by_time = distributed.agree(late, self.accelerator)
+        by_count = every.updates is not None and done % every.updates == 0
+        if not (stop or by_time or by_count):
+            return
+        if self.accelerator.is_main_process:
+            tensors = {}
+            for name, parameter in self.parameters.items():
+                moments = self.optimizer.state[parameter]
+                tensors[f"parameter/{name}"] = parameter
+                tensors |= {f"{moment}/{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            state = {
+                "optimizer_steps": done * self.settings.epochs * self.settings.minibatches,
+                "kl_control": self.kl_control.state(),
+                "metrics": self.metrics,
+                "tokens": self.tokens,
+            }
+            checkpoint = checkpoints.Checkpoint(done, tensors, state)
+            checkpoints.save(self.job.folder / "checkpoints", checkpoint, keep_all=self.settings.keep_checkpoints)
+        self.saved_at = time.monotonic()
+        self.accelerator.wait_for_everyone()
+        if stop:
+            raise Interrupted(f"{self.job.name}: stopped after update {done} of {self.settings.updates}")
+
+    def save(self) -> None:
+        """Write the tuned policy and the value function."""
+        if self.accelerator.is_main_process:
+            self.shared.save(POLICY, self.job.folder / "adapter")
+            if self.settings.value == "adapter":
+                self.shared.save(VALUE, self.job.folder / "value")
+
+    # ------------------------------------------------------------ one update
+
+    def _prompt_rows(self, update: int) -> list[int]:
+        """Return this process's prompts of an update: the prompts in an endless sequence of shuffled passes."""
+        count, size = len(self.prompts), self.settings.batch_size
+        rows = []
+        for position in (update * size + row for row in self.rows):
+            generator = torch.Generator().manual_seed(derived_seed(*self.seed, "prompts", position // count))
+            rows.append(int(torch.randperm(count, generator=generator)[position % count]))
+        return rows
+
+    def _sample(self, role: str, prompts: list[int], *purpose: object, world: bool = True) -> tuple[Rollout, Written]:
+        """Return completions of prompts by a role, not yet scored.
+
+        world: the prompts are this process's share of a global batch, so they take its share of the random numbers.
+        """
+        rows, total = (self.rows, self.settings.batch_size) if world else (range(len(prompts)), len(prompts))
+        uniform = uniforms(rows, total, self.settings.max_new_tokens, *self.seed, *purpose)
+        batch = left_pad([self.prompt_ids[prompt] for prompt in prompts], self.format.pad_id)
+        completions = generate(
+            self.shared,
+            role,
+            batch,
+            uniform,
+            end_id=self.format.end_id,
+            pad_id=self.format.pad_id,
+            temperature=self.settings.temperature,
+        )
+        rollout = unscored(batch, completions)
+        texts = [
+            self.format.completion_text(self.prompt_ids[prompt], ids[mask].tolist())
+            for prompt, ids, mask in zip(prompts, rollout.completion_ids, rollout.completion_mask, strict=True)
+        ]
+        return rollout, Written([self.prompts[prompt] for prompt in prompts], texts, rollout.ids, rollout.mask)
+
+    def _raw_scores(self, written: Written) -> Tensor:
+        pieces = microbatches(range(len(written.texts)), self.settings.microbatch)
+        return torch.cat([self.scorer(written.rows(piece)) for piece in pieces])
+
+    def _scored_by_models(self, rollout: Rollout) -> dict[str, Tensor]:
+        return scored_by_models(
+            self.shared,
+            rollout,
+            policy=POLICY,
+            reference=REFERENCE,
+            value=self.value,
+            temperature=self.settings.temperature,
+            microbatch=self.settings.microbatch,
+        )
+
+    @torch.no_grad()
+    def roll_out(self, update: int) -> tuple[Rollout, Written]:
+        """Return the update's completions with their log-probabilities, values and normalised scores."""
+        started = time.monotonic()
+        rollout, written = self._sample(POLICY, self._prompt_rows(update), "rollout", update)
+        scores = (self._raw_scores(written) - self.mean) / self.std
+        if self.settings.score_clip is not None:
+            scores = scores.clamp(-self.settings.score_clip, self.settings.score_clip)
+        rollout = replace(rollout, scores=scores, **self._scored_by_models(rollout))
+        for name in ("policy_logprobs", "reference_logprobs", "values", "scores"):
+            self._require_finite(name, getattr(rollout, name), update)
+        self.rollout_seconds = time.monotonic() - started
+        return rollout, written
+
+    @torch.no_grad()
+    def targets(self, rollout: Rollout) -> Targets:
+        """Return advantages and returns: the score, less penalties and the KL of every token, through GAE."""
+        settings, mask = self.settings, rollout.completion_mask
+        scores = rollout.scores
+        if settings.missing_eos_penalty is not None:
+            scores = scores - settings.missing_eos_penalty * (~rollout.ended)
+        if settings.whiten_scores:
+            column = scores.unsqueeze(1)
+            scores = self._whitened(column, torch.ones_like(column, dtype=torch.bool), center=False).squeeze(1)
+        token_kl = kl.kl_k1(rollout.policy_logprobs, rollout.reference_logprobs)
+        token_rewards = rewards.token_rewards(scores, token_kl, mask, self.kl_control.coef)
+        advantage, returns = advantages.gae(token_rewards, rollout.values, mask, settings.gamma, settings.lam)
+        if settings.whiten_advantages:
+            advantage = self._whitened(advantage, mask, center=True)
+        return Targets(advantage, returns)
+
+    def _whitened(self, x: Tensor, mask: Tensor, *, center: bool) -> Tensor:
+        """Return x whitened by the mean and variance over all processes."""
+        moments = distributed.total(torch.stack(masking.moments(x, mask)), self.accelerator)
+        return masking.whiten(x, mask, *masking.mean_and_variance(*moments), center=center)
+
+    def learn(self, update: int, rollout: Rollout, targets: Targets) -> Learned:
+        """Take epochs x minibatches optimizer steps on a rollout.
+
+        A minibatch is a set of global rows; its losses are sums over its tokens divided by its token count over all
+        processes, so neither the microbatch nor the number of processes changes the step.
+        """
+        started = time.monotonic()
+        settings, size = self.settings, self.settings.batch_size
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(settings, update)
+        lengths = distributed.gather_rows(rollout.completion_mask.sum(1).tolist(), self.accelerator)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.shared.device)
+        gradient_norms, first_ratio_error = [], 0.0
+        for epoch in range(settings.epochs):
+            generator = torch.Generator().manual_seed(derived_seed(*self.seed, "minibatches", update, epoch))
+            order = torch.randperm(size, generator=generator).tolist()
+            for number, minibatch in enumerate(microbatches(order, size // settings.minibatches)):
+                tokens = sum(lengths[row] for row in minibatch)
+                mine = [row - self.rows.start for row in minibatch if row in self.rows]
+                for piece in microbatches(mine, settings.microbatch):
+                    index = torch.tensor(piece, device=self.shared.device)
+                    loss, statistics_, ratio_error = self._losses(rollout.rows(index), index, targets, tokens)
+                    loss.backward()
+                    sums += statistics_
+                    if epoch == number == 0:
+                        first_ratio_error = max(first_ratio_error, ratio_error)
+                gradient_norms.append(self._step(update))
+        means = (distributed.total(sums, self.accelerator) / (settings.epochs * settings.minibatches)).tolist()
+        return Learned(
+            *means,
+            gradient_norm=math.fsum(gradient_norms) / len(gradient_norms),
+            first_ratio_error=distributed.maximum(first_ratio_error, self.accelerator),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            seconds=time.monotonic() - started,
+        )
+
+    def _losses(self, rollout: Rollout, index: Tensor, targets: Targets, tokens: int) -> tuple[Tensor, Tensor, float]:
+        """Return the microbatch's part of the minibatch's loss, of its statistics [5], and its largest |ratio - 1|."""
+        settings, mask = self.settings, rollout.completion_mask
+        columns = mask.shape[1]
+        advantage, returns = targets.advantages[index, :columns], targets.returns[index, :columns]
+        states = completion_states(self.shared, POLICY, rollout)
+        logprobs = completion_logprobs(self.shared, states, rollout, settings.temperature)
+        values = self.value(rollout, states)
+
+        policy_losses, clipped = ppo.policy_loss(logprobs, rollout.policy_logprobs, advantage, settings.clip)
+        value_losses, value_clipped = ppo.value_loss(values, rollout.values, returns, settings.value_clip)
+        policy_loss = masking.masked_mean(policy_losses, mask, tokens)
+        value_loss = masking.masked_mean(value_losses, mask, tokens)
+
+        with torch.no_grad():
+            moved = ppo.approx_kl(logprobs, rollout.policy_logprobs)
+            parts = [masking.masked_mean(x.float(), mask, tokens) for x in (clipped, value_clipped, moved)]
+            ratio_error = float((torch.exp(logprobs - rollout.policy_logprobs) - 1).abs().max())
+        statistics_ = torch.stack([policy_loss.detach(), value_loss.detach(), *parts]).double()
+        return policy_loss + settings.value_coef * value_loss, statistics_, ratio_error
+
+    def _step(self, update: int) -> float:
+        """Take one optimizer step with the gradients of all processes; return their norm before clipping."""
+        parameters = list(self.parameters.values())
+        distributed.add_up_gradients(parameters, self.accelerator)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        self._require_finite("gradient", norm, update)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    # ------------------------------------------------------------ reporting
+
+    def _require_finite(self, name: str, tensor: Tensor, update: int) -> None:
+        """Stop before the update does harm; the last checkpoint stays as it is."""
+        if distributed.agree(not bool(tensor.isfinite().all()), self.accelerator):
+            raise NonFiniteError(
+                f"{self.job.name}: update {update + 1}: {name} is NaN or infinite. The last checkpoint under "
+                f"{self.job.folder / 'checkpoints'} is good; a lower learning_rate, a higher kl_coef or "
+                "base.dtype: float32 usually helps."
+            )
+
+    def summarise(self, rollout: Rollout, targets: Targets, learned: Learned) -> dict[str, float]:
+        """Return the update's metrics, each a mean over the completions or tokens of all processes."""
+        mask, size = rollout.completion_mask, self.settings.batch_size
+        token_kl = kl.kl_k1(rollout.policy_logprobs, rollout.reference_logprobs)
+        per_batch = torch.stack(
+            [
+                rollout.scores.sum(),
+                masking.masked_sum(token_kl, mask),
+                masking.masked_sum(kl.kl_k3(rollout.policy_logprobs, rollout.reference_logprobs), mask),
+                rollout.ended.sum(),
+                mask.sum(),
+            ]
+        ).double()
+        score, kl_k1, kl_k3, ended, length = (distributed.total(per_batch, self.accelerator) / size).tolist()
+        residual, returned = (
+            masking.mean_and_variance(
+                *distributed.total(torch.stack(masking.moments(x, mask)), self.accelerator)
+            )[1].item()
+            for x in (targets.returns - rollout.values, targets.returns)
+        )
+        self.tokens += round(length * size)
+        seconds = self.rollout_seconds + learned.seconds
+        return {
+            "objective/score": score,
+            "objective/kl": kl_k1,
+            "objective/kl_k3": kl_k3,
+            "objective/kl_coef": self.kl_control.coef,
+            "ppo/policy_loss": learned.policy_loss,
+            "ppo/value_loss": learned.value_loss,
+            "ppo/clip_fraction": learned.clip_fraction,
+            "ppo/approx_kl": learned.approx_kl,
+            "ppo/first_ratio_error": learned.first_ratio_error,
+            "ppo/gradient_norm": learned.gradient_norm,
+            "ppo/learning_rate": learned.learning_rate,
+            "value/explained_variance": statistics.explained_variance(residual, returned),
+            "value/clip_fraction": learned.value_clip_fraction,
+            "rollout/ended_fraction": ended,
+            "rollout/length": length,
+            "time/rollout_s": self.rollout_seconds,
+            "time/update_s": learned.seconds,
+            "throughput/completions_per_s": size / seconds,
+            "memory/peak_bytes": distributed.maximum(peak_bytes(), self.accelerator),
+        }
+
+    def keep_samples(self, update: int, rollout: Rollout, written: Written) -> None:
+        """Append some of the update's completions to `samples.jsonl` when samples are due."""
+        last = update + 1 == self.settings.updates
+        if not self.accelerator.is_main_process or (update % self.settings.samples_every and not last):
+            return
+        token_kl = kl.kl_k1(rollout.policy_logprobs, rollout.reference_logprobs).sum(1)
+        samples: list[dict[str, Any]] = [
+            {
+                "step": update + 1,
+                "prompt": written.prompts[row],
+                "completion": written.texts[row],
+                "score": float(rollout.scores[row]),
+                "kl": float(token_kl[row]),
+                "length": int(rollout.completion_mask[row].sum()),
+                "ended": bool(rollout.ended[row]),
+            }
+            for row in range(min(SAMPLES, len(written.texts)))
+        ]
+        checkpoints.append_lines(self.job.folder / "samples.jsonl", samples)
+
+
+def schedule(settings: PPOStage, update: int) -> float:
+    """Return the factor of the learning rate in an update (from 0): linear warm-up, then the recipe's schedule to 0."""
+    warmup = min(1.0, (update + 1) / max(1, settings.warmup_updates))
+    rest = max(0, update - settings.warmup_updates) / max(1, settings.updates - settings.warmup_updates)
+    decay = {"constant": 1.0, "linear": 1 - rest, "cosine": 0.5 * (1 + math.cos(math.pi * rest))}[settings.schedule]
+    return warmup * decay
+
+
+def value_function(shared: SharedBase, kind: str) -> ValueFunction:
+    """Return the value function: the head on the policy's own states, or on those of the value adapter."""
+
+    def values(rollout: Rollout, policy_states: Tensor) -> Tensor:
+        states = completion_states(shared, VALUE, rollout) if kind == "adapter" else policy_states
+        return shared.heads[VALUE](states.float()).squeeze(-1) * rollout.completion_mask
+
+    return values
