@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
-__all__ = ["InputError", "Interrupted"]
+__all__ = ["InputError", "Interrupted", "did_you_mean"]
 
 
 class InputError(Exception):
@@ -27,3 +28,12 @@ class InputError(Exception):
 
 class Interrupted(Exception):
     """Stopped by SIGTERM or SIGINT after a checkpoint was saved. Ends the process with exit code 75."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown `word`: the nearest known one, or all of them if none is near."""
+    names = sorted({str(name) for name in known})
+    near = difflib.get_close_matches(word, names, n=1) or [n for n in names if n.lower() == word.lower()]
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(names)}" if names else ""
