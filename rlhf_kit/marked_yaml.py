@@ -24,7 +24,7 @@ MAX_DEPTH = 16
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict] = {}  # its own, not YAML 1.1's
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]  # its own, not YAML 1.1's
 
 
 class _Dumper(yaml.SafeDumper):  # quotes what either dialect would not read as text
@@ -158,14 +158,17 @@ def write_yaml(data: Any) -> str:
 def _refused(text: str) -> Iterator[tuple[int, str]]:
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        line = event.start_mark.line
+        line = event.start_mark.line if event.start_mark else 0
+        tag = getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
             yield line, f"*{event.anchor} is an alias, which is not used here; write the value out, or quote it"
         elif isinstance(event, yaml.NodeEvent) and event.anchor:
             yield line, f"&{event.anchor} is an anchor, which is not used here; remove it, or quote the value"
-        elif getattr(event, "tag", None) not in (None, "!"):
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            yield line, f"{tag} is a tag, which is not used here; remove it, or quote the value"
+        elif tag not in (None, "!"):
+            yield (
+                line,
+                f"{tag.replace('tag:yaml.org,2002:', '!!')} is a tag, which is not used here; remove it, or quote the value",
+            )
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:

@@ -333,8 +333,10 @@ def recipe_schema() -> dict[str, Any]:
 
 def _load(path: Path, overrides: Sequence[str], look: bool) -> Recipe:
     marked = read_yaml(read_text(path, "recipe"), str(path))
-    if marked.value is not None and not isinstance(marked.value, dict):
-        raise InputError(f"{path}:1: a recipe is a mapping (name, base, stages, ...); seen {marked.seen(())}")
+    if marked.value is None and not overrides:
+        raise InputError(f"{path}: is empty; a recipe has name, base and stages")
+    if marked.value is not None and not (isinstance(marked.value, dict) and marked.value.keys() & Recipe.model_fields):
+        raise InputError(f"{path}:1: is not a recipe, which is a mapping with name, base and stages; wrong file?")
     wrong = [message for override in overrides for message in _override(marked, override)]
     if wrong:
         raise InputError(wrong)
@@ -677,7 +679,8 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
         yield from _model(base, "model", ("base", "model"), folder, look)
         yield from _file(base, "chat_template", ("base", "chat_template"), folder, look, "chat template file")
     yield from _file(data, "data_root", ("data_root",), folder, look, "folder")
-    for name, stage in stages.items() if isinstance(stages, dict) else ():
+    stages = stages if isinstance(stages, dict) else {}
+    for name, stage in stages.items():
         if isinstance(stage, dict):
             for key in ("data", "normalize_on", "prompts"):
                 yield from _file(stage, key, ("stages", name, key), folder, look, "data card")
