@@ -1,0 +1,155 @@
+"""Log-probabilities of tokens, whole and in chunks, and sampling."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_kit.maths.logprobs import (
+    chunked_token_logprobs,
+    chunked_token_logprobs_and_entropy,
+    sample_inverse_cdf,
+    token_entropy,
+    token_logprobs,
+)
+from tests.maths import oracle
+
+logit_rows = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=5, max_size=5), min_size=1, max_size=4)
+
+
+def test_logprobs_by_hand():
+    """Logits log 1, log 2, log 5 are probabilities 1/8, 2/8, 5/8; at temperature 1/2 they are 1, 4, 25 of 30."""
+    logits = torch.tensor([1.0, 2.0, 5.0]).log().expand(3, 3)
+    ids = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(token_logprobs(logits, ids).exp(), torch.tensor([1 / 8, 2 / 8, 5 / 8]))
+    torch.testing.assert_close(token_logprobs(logits, ids, 0.5).exp(), torch.tensor([1 / 30, 4 / 30, 25 / 30]))
+
+
+def test_entropy_by_hand():
+    """Four equal logits have log 4 nats, and one that is all there is has none."""
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -math.inf, -math.inf, -math.inf]])
+    torch.testing.assert_close(token_entropy(logits), torch.tensor([math.log(4), 0.0]))
+
+
+@given(logit_rows, st.floats(0.25, 4))
+def test_logprobs_and_entropy_agree_with_their_definitions(rows, temperature):
+    """Every token of every row, at any temperature."""
+    logits = torch.tensor(rows)
+    for token in range(5):
+        ids = torch.full((len(rows),), token)
+        expected = [oracle.log_softmax(row, temperature)[token] for row in rows]
+        assert token_logprobs(logits, ids, temperature).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    expected = [oracle.entropy(row, temperature) for row in rows]
+    assert token_entropy(logits, temperature).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    """32,000 equal logits in bfloat16 give -log 32000 to float32 precision, where bfloat16 knows 1/16."""
+    logprob = token_logprobs(torch.zeros(32_000, dtype=torch.bfloat16), torch.tensor(7))
+    assert logprob.dtype == torch.float32
+    assert logprob.item() == pytest.approx(-math.log(32_000), abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    """Dividing by it would give infinities or turn the distribution over."""
+    with pytest.raises(ValueError, match="temperature"):
+        token_logprobs(torch.zeros(2, 3), torch.tensor([0, 1]), temperature)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 100])
+def test_chunks_change_neither_values_nor_gradients(chunk):
+    """Values, and gradients for hidden states and head, are those of the plain computation, for both functions."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
+    ids, upstream = torch.randint(20, (10,)), torch.randn(10)
+
+    def results(function):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = function(h, lambda x: x @ w.T)
+        (sum(out) * upstream).sum().backward()
+        return [*out, h.grad, w.grad]
+
+    plain = results(lambda h, head: (token_logprobs(head(h), ids, 0.7),))
+    chunked = results(lambda h, head: (chunked_token_logprobs(h, head, ids, 0.7, chunk),))
+    torch.testing.assert_close(chunked, plain)
+    plain = results(lambda h, head: (token_logprobs(head(h), ids, 0.7), token_entropy(head(h), 0.7)))
+    chunked = results(lambda h, head: chunked_token_logprobs_and_entropy(h, head, ids, 0.7, chunk))
+    torch.testing.assert_close(chunked, plain)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_more_logits_than_a_chunk_are_alive(grad):
+    """In forward and backward pass, logits of earlier chunks are freed before those of the next are made."""
+    alive, most, calls = weakref.WeakSet(), 0, 0
+    weight = torch.randn(50, 8)
+
+    def head(x):
+        nonlocal most, calls
+        gc.collect()
+        calls += 1
+        logits = x @ weight.T
+        storage = logits.untyped_storage()
+        alive.add(storage)
+        most = max(most, len(alive))
+        logits.keeper = storage  # lives as long as the logits do
+        return logits
+
+    hidden = torch.randn(12, 8, requires_grad=grad)
+    logprobs = chunked_token_logprobs(hidden, head, torch.zeros(12, dtype=torch.long), 1.0, 3)
+    if grad:
+        logprobs.sum().backward()
+    assert calls == (8 if grad else 4)
+    assert most == 1
+
+
+def test_no_tokens_have_no_logprobs():
+    """A process whose share is empty gets an empty tensor, still joined to the graph."""
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    out = chunked_token_logprobs(hidden, lambda x: x @ torch.zeros(8, 5), torch.zeros(0, dtype=torch.long), 1.0, 4)
+    assert out.shape == (0,)
+    out.sum().backward()
+
+
+def test_sampling_by_hand():
+    """With probabilities 1/8, 2/8, 5/8 the tokens' shares of [0, 1) are cut at 1/8 and 3/8; a cut opens the next."""
+    uniform = torch.tensor([0.0, 0.124, 0.126, 0.374, 0.376, 0.999])
+    ids, logprobs = sample_inverse_cdf(torch.tensor([1.0, 2.0, 5.0]).log().expand(6, 3), uniform)
+    assert ids.tolist() == [0, 0, 1, 1, 2, 2]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([1, 1, 2, 2, 5, 5]) / 8)
+
+
+def test_sampled_shares_are_the_probabilities():
+    """Evenly spread uniforms draw each token as often as its probability says, at a temperature too."""
+    n, temperature = 10_000, 0.5
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    uniform = (torch.arange(n) + 0.5) / n
+    ids, _ = sample_inverse_cdf(logits.expand(n, 4), uniform, temperature)
+    expected = [math.exp(lp) for lp in oracle.log_softmax(logits.tolist(), temperature)]
+    assert (torch.bincount(ids, minlength=4) / n).tolist() == pytest.approx(expected, abs=1.5 / n)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24, 1 - 2**-40, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_of_probability_zero_is_never_drawn(uniform, dtype):
+    """Not at either edge: forbidden tokens stand first and last, and 1 - 2^-40 rounds to 1 in float32."""
+    logits = torch.full((3, 1000), -math.inf)
+    logits[0, [5, 6]] = 0.0
+    logits[1, [1]] = 0.0
+    logits[2, 1:-1] = torch.linspace(-300, 0, 998)  # underflows to probability 0 without being -inf
+    ids, logprobs = sample_inverse_cdf(logits, torch.full((3,), uniform, dtype=dtype))
+    assert (logits.softmax(-1).gather(1, ids[:, None]) > 0).all()
+    assert logprobs.isfinite().all()
+
+
+def test_a_draw_depends_on_its_own_row_only():
+    """The same logits and number draw the same token whatever else is in the batch."""
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(50, 300), torch.rand(50)
+    together, _ = sample_inverse_cdf(logits, uniform)
+    alone = [sample_inverse_cdf(logits[i : i + 1], uniform[i : i + 1])[0].item() for i in range(50)]
+    assert together.tolist() == alone
