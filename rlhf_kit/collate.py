@@ -1,0 +1,457 @@
+"""Text to tokens: chat template, tokenisation, truncation, padding; the only place that makes masks.
+
+Every stage sees a dialogue as the same tokens: prompt ids, then completion ids that end with the end token. The ids of
+a prompt never depend on the completion, for PPO knows only the prompt. What a tokenizer lacks (a padding token, a chat
+template) is chosen here, and `TextFormat.notes` says what and why. Text of the data that spells a special token
+("</s>") stays text: only the template, the tokenizer's BOS and the end token put special tokens into a row.
+
+Not here: packing several rows into one, chunking long texts, tools and thinking blocks of chat templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_kit import recipe
+from rlhf_kit.batches import PromptBatch
+from rlhf_kit.errors import InputError
+from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Text
+
+IGNORED = -100
+"""The label of a token without a loss."""
+
+PLAIN_TEMPLATE = (
+    "{% set names = {'system': 'System', 'user': 'Human', 'assistant': 'Assistant'} %}"
+    "{% for message in messages %}{{ names[message['role']] + ':\n' + message['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+"""For chat prompts where the tokenizer has no template. Names end with a newline, not with a space, because tokenizers
+disagree about which side of a word a space belongs to."""
+
+_PAD_NAME = re.compile(r"pad|reserved|unused", re.IGNORECASE)
+_PROBE = "\ue002"  # private use: in no template
+_HIDDEN = re.compile("\ue000(\\d+)\ue001")
+
+
+# ---------------------------------------------------------------- a tokenizer and its habits
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """A tokenizer and how prompts and completions become tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    """Fills rows up; may equal the end token, for masks come from lengths."""
+    end_id: int
+    """Ends every completion."""
+    start_ids: tuple[int, ...]
+    """What the tokenizer puts before a text: its BOS token or nothing. A real chat template writes its own."""
+    template_origin: Literal["recipe", "tokenizer", "plain"]
+    notes: tuple[str, ...]
+    """What was chosen and why."""
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """Return a text prompt as it is, chat messages through the chat template up to where the answer starts.
+
+        Raises: InputError when the template cannot render the messages.
+        """
+        return prompt if isinstance(prompt, str) else self._render(prompt)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return the prompt's tokens; a completion's come right behind them."""
+        if isinstance(prompt, str):
+            return [*self.start_ids, *self._encode(prompt)]
+        ids = self._encode_chat(*self._render_hiding(prompt))
+        return [*self.start_ids, *ids] if self.template_origin == "plain" else ids
+
+    def completion_ids(self, prompt: Prompt, completion: str) -> list[int]:
+        """Return the completion's tokens, the end token last, to stand behind `prompt_ids(prompt)`.
+
+        Prompt and completion are tokenised together where that leaves the prompt's tokens unchanged; where a token
+        would cross the border, the completion is tokenised behind a newline, so that no space is added before it.
+        """
+        if isinstance(prompt, str):
+            before = self._encode(prompt)
+            together = self._encode(prompt + completion)
+        else:
+            text, hidden = self._render_hiding(prompt)
+            before = self._encode_chat(text, hidden)
+            together = [] if self._special.search(completion) else self._encode_chat(text + completion, hidden)
+        if together[: len(before)] == before and len(together) > len(before):
+            return [*together[len(before) :], self.end_id]
+        newline, behind = self._encode("\n"), self._encode("\n" + completion)
+        if behind[: len(newline)] == newline:
+            return [*behind[len(newline) :], self.end_id]
+        return [*self._encode(completion), self.end_id]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the tokens of a whole text, the end token last."""
+        return [*self.start_ids, *self._encode(text), self.end_id]
+
+    def completion_text(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
+        """Return what the completion adds to the prompt's text, without its end token; other special tokens show."""
+        completion = list(completion_ids)
+        if completion and completion[-1] == self.end_id:
+            completion.pop()
+        before, whole = self._decode(prompt_ids), self._decode([*prompt_ids, *completion])
+        return whole.removeprefix(before) if whole.startswith(before) else self._decode(completion)
+
+    def spells_special(self, text: str) -> bool:
+        """Whether the text holds the name of a special token; it is tokenised as text all the same."""
+        return self._special.search(text) is not None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two formats the same one: tokenizer, vocabulary, chat template, padding and end token."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True) if backend is None else _content(backend)
+        template = self.tokenizer.chat_template
+        return {
+            "class": type(self.tokenizer).__name__,
+            "sha256": _sha256(vocabulary),
+            "chat_template_sha256": _sha256(template if isinstance(template, str) else json.dumps(template)),
+            "chat_template_origin": self.template_origin,
+            "pad_token": self.tokenizer.convert_ids_to_tokens(self.pad_id),
+            "end_token": self.tokenizer.convert_ids_to_tokens(self.end_id),
+            "notes": list(self.notes),
+        }
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        names = sorted(map(re.escape, _special_tokens(self.tokenizer)), key=len, reverse=True)
+        return re.compile("|".join(names) or r"(?!)")
+
+    def _encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)[
+            "input_ids"
+        ]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _render(self, messages: Sequence[dict[str, str]]) -> str:
+        try:
+            return _rendered(self.tokenizer, messages, add_generation_prompt=True)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise InputError(
+                f"the chat template ({self.template_origin}) cannot render roles "
+                f"{', '.join(message['role'] for message in messages)}: {error}"
+            ) from error
+
+    def _render_hiding(self, messages: Sequence[dict[str, str]]) -> tuple[str, list[str]]:
+        """Return the rendered messages with special-token text of their contents taken out, and what was taken out."""
+        hidden: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match[0])
+            return f"\ue000{len(hidden) - 1}\ue001"
+
+        safe = [{**message, "content": self._special.sub(hide, message["content"])} for message in messages]
+        return self._render(safe), hidden
+
+    def _encode_chat(self, text: str, hidden: Sequence[str]) -> list[int]:
+        if not hidden:
+            return self._encode(text, special=True)
+        pieces = _HIDDEN.split(text)  # template text and numbers of hidden pieces in turn
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            if piece:
+                ids += self._encode(hidden[int(piece)]) if index % 2 else self._encode(piece, special=True)
+        return ids
+
+
+def load_text_format(base: recipe.Base) -> TextFormat:
+    """Return the base model's tokenizer with what it lacks chosen.
+
+    The end token is what the chat template writes right after an answer, where that is one special token, else the
+    tokenizer's EOS. The padding token is the tokenizer's own unless that ends completions too, else its unknown token,
+    else a reserved one, else the end token.
+
+    Raises:
+        InputError: there is no tokenizer, or nothing to end a completion with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"base.model: cannot load a tokenizer from {base.model}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    notes = []
+    origin: Literal["recipe", "tokenizer", "plain"] = "tokenizer"
+    if base.chat_template is not None:
+        tokenizer.chat_template = Path(base.chat_template).read_text(encoding="utf-8")
+        origin = "recipe"
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        origin = "plain"
+        notes.append("chat template: the tokenizer has none; chat prompts become plain Human:/Assistant: text")
+    end, why = _end_token(tokenizer, base.model, origin)
+    notes.append(f"end token: {end!r}, {why}")
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    pad, why = _pad_token(tokenizer, end)
+    notes.append(f"padding token: {pad!r}, {why}")
+    tokenizer.pad_token = pad
+    tokenizer.padding_side = "left"  # what generation needs; our own batches do not ask the tokenizer
+    start_ids = _start_ids(tokenizer)
+    start = tokenizer.convert_ids_to_tokens(list(start_ids))
+    notes.append(f"text prompts start with {''.join(start)!r}" if start else "text prompts start without a BOS token")
+    return TextFormat(tokenizer, tokenizer.convert_tokens_to_ids(pad), end_id, start_ids, origin, tuple(notes))
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase, name: str, origin: str) -> tuple[str, str]:
+    """Return the end token and the reason for it."""
+    eos = tokenizer.eos_token
+    why = "the tokenizer's EOS"
+    if origin != "plain":
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            after = _rendered(tokenizer, turns, add_generation_prompt=False).partition(_PROBE)[2].lstrip()
+        except (TemplateError, TypeError, KeyError) as error:
+            if origin == "recipe":
+                raise InputError(f"base.chat_template: cannot render a question and an answer: {error}") from error
+            why += f", for the chat template ({origin}) cannot render a question and an answer: {error}"
+        else:
+            found = [token for token in _special_tokens(tokenizer) if after.startswith(token)]
+            if found:
+                return max(found, key=len), f"which the chat template ({origin}) writes after an answer"
+            why += f", for the chat template ({origin}) writes no special token after an answer"
+    if eos is None:
+        raise InputError(
+            f"base.model: {name}: nothing ends a completion: the tokenizer has no EOS token and no chat template that "
+            "writes a special token after an answer; set eos_token in its tokenizer_config.json."
+        )
+    return eos, why
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, end: str) -> tuple[str, str]:
+    """Return the padding token and the reason for it."""
+    if tokenizer.pad_token not in (None, end):
+        return tokenizer.pad_token, "the tokenizer's own"
+    why = "the tokenizer has none" if tokenizer.pad_token is None else "the tokenizer's own ends completions"
+    if tokenizer.unk_token not in (None, end):
+        return tokenizer.unk_token, f"its unknown token, for {why}"
+    for token in _special_tokens(tokenizer):
+        if _PAD_NAME.search(token) and token != end:
+            return token, f"a token that stands for no text, for {why}"
+    return end, f"the end token too, for {why}; masks come from lengths, so the two are not mixed up"
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special tokens' texts in the order of their ids."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    return sorted(named | added, key=(named | added).__getitem__)
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids the tokenizer puts before a text; what it puts behind one is not ours to keep."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a")["input_ids"]
+    return tuple(dressed[: next(at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare)])
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], **settings: bool) -> str:
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **settings))
+
+
+def _content(backend: Any) -> str:
+    """Return a tokenizers.Tokenizer as JSON without the padding and truncation that calls leave behind."""
+    content = json.loads(backend.to_str())
+    return json.dumps({**content, "padding": None, "truncation": None}, sort_keys=True)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- rows of tokens
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Tokenised rows and what became of the others."""
+
+    rows: list[Any]
+    counts: dict[str, int]
+    """Rows given, "kept", "prompt cut", "dropped: <reason>", "special-token text kept as text"; and "tokens"."""
+    kept: list[int]
+    """For each of `rows`, its index among the rows given."""
+
+
+def tokenise_demonstrations(
+    rows: Iterable[Demonstration | Text], text_format: TextFormat, max_length: int | None, truncate: recipe.Truncate
+) -> Tokenised:
+    """Return {"input_ids", "labels"} of each row: a loss on the completion and its end token, on all of a plain text.
+
+    max_length: tokens of a whole row. Completions are never cut: one that is too long alone is an error or dropped.
+
+    Raises: InputError naming the rows that are too long under `truncate="error"`, or when none is left.
+    """
+    fitting = _Fitting(text_format, max_length, truncate)
+    for index, row in enumerate(rows):
+        if isinstance(row, Text):
+            fitting.look_at(row.text)
+            prompt, completion = [], text_format.text_ids(row.text)
+        else:
+            fitting.look_at(row.prompt, row.completion)
+            with _located(row.where):
+                prompt = text_format.prompt_ids(row.prompt)
+            completion = text_format.completion_ids(row.prompt, row.completion)
+        fitted = fitting.fit(row.where, prompt, len(completion))
+        if fitted is not None:
+            ids, labels = fitted + completion, [IGNORED] * len(fitted) + completion
+            fitting.keep(index, {"input_ids": ids, "labels": labels}, len(ids))
+    return fitting.result()
+
+
+def tokenise_pairs(
+    rows: Iterable[Preference], text_format: TextFormat, max_length: int | None, truncate: recipe.Truncate
+) -> Tokenised:
+    """Return {"chosen_ids", "rejected_ids"} of each pair, and its "margin" if any pair has one (0 where missing).
+
+    A prompt that is cut is cut alike on both sides, so that the longer completion fits.
+
+    Raises: as `tokenise_demonstrations`.
+    """
+    fitting = _Fitting(text_format, max_length, truncate)
+    margins: list[float | None] = []
+    for index, row in enumerate(rows):
+        fitting.look_at(row.prompt, row.chosen, row.rejected)
+        with _located(row.where):
+            prompt = text_format.prompt_ids(row.prompt)
+        chosen = text_format.completion_ids(row.prompt, row.chosen)
+        rejected = text_format.completion_ids(row.prompt, row.rejected)
+        fitted = fitting.fit(row.where, prompt, max(len(chosen), len(rejected)))
+        if fitted is not None:
+            pair = {"chosen_ids": fitted + chosen, "rejected_ids": fitted + rejected}
+            fitting.keep(index, pair, sum(map(len, pair.values())))
+            margins.append(row.margin)
+    if any(margin is not None for margin in margins):
+        for pair, margin in zip(fitting.rows, margins, strict=True):
+            pair["margin"] = margin or 0.0
+    return fitting.result()
+
+
+def tokenise_prompts(
+    rows: Iterable[PromptRow | Demonstration | Preference],
+    text_format: TextFormat,
+    max_prompt_tokens: int | None,
+    truncate: recipe.Truncate,
+) -> Tokenised:
+    """Return the token ids of each row's prompt.
+
+    Raises: as `tokenise_demonstrations`.
+    """
+    fitting = _Fitting(text_format, max_prompt_tokens, truncate)
+    for index, row in enumerate(rows):
+        fitting.look_at(row.prompt)
+        with _located(row.where):
+            prompt = text_format.prompt_ids(row.prompt)
+        fitted = fitting.fit(row.where, prompt, 0)
+        if fitted is not None:
+            fitting.keep(index, fitted, len(fitted))
+    return fitting.result()
+
+
+class _Fitting:
+    """Rows on their way through the length limit, with the books kept."""
+
+    def __init__(self, text_format: TextFormat, limit: int | None, truncate: recipe.Truncate):
+        self.text_format = text_format
+        self.limit = limit
+        self.truncate = truncate
+        self.rows: list[Any] = []
+        self.kept: list[int] = []
+        self.counts: Counter[str] = Counter()
+        self.too_long: list[str] = []
+
+    def look_at(self, *texts: Prompt) -> None:
+        """Count a row, and whether its text spells special tokens."""
+        self.counts["rows"] += 1
+        contents = [[text] if isinstance(text, str) else [message["content"] for message in text] for text in texts]
+        if any(self.text_format.spells_special(content) for several in contents for content in several):
+            self.counts["special-token text kept as text"] += 1
+
+    def fit(self, where: str, prompt: list[int], completion: int) -> list[int] | None:
+        """Return the prompt, cut from the left if that is asked for and needed, or None for a row to leave out.
+
+        completion: tokens that must fit behind it.
+        """
+        length = len(prompt) + completion
+        if self.limit is None or length <= self.limit:
+            return prompt
+        if self.truncate == "error":
+            self.too_long.append(f"{where} ({length} tokens)")
+            return None
+        start = list(self.text_format.start_ids)
+        start = start if prompt[: len(start)] == start else []
+        room = self.limit - completion - len(start)
+        if self.truncate == "drop" or not prompt or room < 1:
+            self.counts[f"dropped: longer than {self.limit} tokens"] += 1
+            return None
+        self.counts["prompt cut"] += 1
+        return start + prompt[-room:]
+
+    def keep(self, index: int, row: Any, tokens: int) -> None:
+        """Take a row that fits."""
+        self.rows.append(row)
+        self.kept.append(index)
+        self.counts["tokens"] += tokens
+
+    def result(self) -> Tokenised:
+        if self.too_long:
+            shown = "; ".join(self.too_long[:5]) + (" …" if len(self.too_long) > 5 else "")
+            raise InputError(
+                f"{len(self.too_long)} of {self.counts['rows']} rows are longer than {self.limit} tokens: {shown}. "
+                "Set truncate: left_prompt to cut their prompts from the left, truncate: drop to leave them out, or a "
+                "larger max_length (or a smaller max_new_tokens) where the model's context allows it."
+            )
+        if not self.rows:
+            raise InputError(
+                f"none of the {self.counts['rows']} rows is at most {self.limit} tokens long; use shorter rows or a "
+                "model with a longer context."
+            )
+        self.counts["kept"] = len(self.rows)
+        return Tokenised(self.rows, dict(self.counts), self.kept)
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Put the row's place before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+# ---------------------------------------------------------------- padding
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> PromptBatch:
+    """Return the rows as one batch, padded on the left to the longest."""
+    ids, mask = right_pad([list(reversed(row)) for row in rows], pad_id)
+    return PromptBatch(prompt_ids=ids.flip(1), prompt_mask=mask.flip(1))
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids [B, T] int64 and mask [B, T] bool, padded on the right to the longest row."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    ids = torch.full(mask.shape, pad_id, dtype=torch.long)
+    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return ids, mask
