@@ -69,4 +69,4 @@ def whiten(x: Tensor, mask: Tensor, mean: Tensor | float, variance: Tensor | flo
     """
     scaled = (x - mean) * torch.rsqrt(torch.as_tensor(variance, dtype=torch.float64, device=x.device) + 1e-8)
     whitened = scaled if center else scaled + mean
-    return torch.where(mask, whitened, torch.zeros_like(whitened)).to(x.dtype)
+    return torch.where(mask, whitened, torch.zeros_like(whitened))

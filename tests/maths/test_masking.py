@@ -59,11 +59,18 @@ def test_moments_give_mean_and_variance(rows):
 
 
 def test_moments_are_summed_in_float64():
-    """A million float32 numbers of 1 + 1/1024 have variance 0 and an exact mean; summed in float32 they have not."""
-    x = torch.full((1, 1_000_000), 1 + 1 / 1024)
+    """4095.5 and 4096.5 in turn have variance 1/4; their squares do not fit float32, which would give 0 or worse."""
+    x = torch.tensor([[4095.5, 4096.5] * 500])
     mean, variance = mean_and_variance(*moments(x, torch.ones_like(x, dtype=torch.bool)))
-    assert mean.item() == pytest.approx(1 + 1 / 1024, rel=1e-12)
-    assert 0 <= variance.item() < 1e-9
+    assert (mean.item(), variance.item()) == (4096, 0.25)
+
+
+def test_the_variance_of_a_constant_is_not_negative():
+    """Rounding makes mean of squares - square of mean negative for some of these constants."""
+    for constant in torch.arange(1, 100, dtype=torch.float64) / 10:
+        x = constant.expand(1, 3)
+        _, variance = mean_and_variance(*moments(x, torch.ones_like(x, dtype=torch.bool)))
+        assert 0 <= variance.item() < 1e-12
 
 
 def test_no_values_have_no_mean():
