@@ -64,12 +64,11 @@ def length_matched_win_rate(
 ) -> Rate:
     """The rate at which a would win over b on a prompt if both completions were equally long.
 
-    A logistic regression of win (1), tie (0.5), loss (0) on x = tanh(d / rms(d)), d the difference of lengths a - b,
+    A logistic regression of win (1), tie (0.5), loss (0) on x = tanh(d / std(d)), d the difference of lengths a - b,
     read at d = 0: sigmoid(intercept), with its 95 % profile-likelihood interval. This is the length-controlled win rate
-    of AlpacaEval without its per-instruction term, and with the root mean square where it has the standard deviation,
-    so that lengths that moved all alike do not pass for unmoved ones. It was taken rather than keeping only pairs of
-    about equal length because it uses every prompt: where PPO moved the length, few such pairs are left. Where none are
-    near d = 0 it extrapolates, and the interval says so by its width.
+    of AlpacaEval without its per-instruction term. It was taken rather than keeping only pairs of about equal length
+    because it uses every prompt: where PPO moved the length, few such pairs are left. Where none are near d = 0 it
+    extrapolates, and the interval says so by its width.
 
     Normal priors, 2.5 wide on the slope and 10 on the intercept, in logits, keep it finite when one side always wins
     (Gelman et al. 2008 use Cauchy ones of these widths).
@@ -81,8 +80,8 @@ def length_matched_win_rate(
     difference = np.asarray(lengths_a, dtype=np.float64) - np.asarray(lengths_b, dtype=np.float64)
     if difference.shape != wins.shape:
         raise ValueError(f"{wins.size} scores, {difference.size} lengths")
-    spread = math.sqrt(np.square(difference).mean())
-    x = np.tanh(difference / spread) if spread > 0 else difference
+    spread = difference.std()
+    x = np.tanh(difference / spread) if spread > 0 else np.sign(difference)  # its limit
 
     fit = _LengthRegression(wins, x)
     intercept, cost = fit.best()

@@ -123,6 +123,21 @@ def test_sampling_by_hand():
     torch.testing.assert_close(logprobs.exp(), torch.tensor([1, 1, 2, 2, 5, 5]) / 8)
 
 
+def test_a_number_on_a_cut_draws_the_next_token():
+    """Four equal tokens, whose shares of [0, 1) begin at 0, 1/4, 1/2 and 3/4, each with its beginning."""
+    ids, _ = sample_inverse_cdf(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    assert ids.tolist() == [0, 1, 2, 3]
+
+
+def test_a_sum_that_rises_on_an_impossible_token_does_not_draw_it(monkeypatch):
+    """A parallel scan may round differently from one token to the next, as if one of probability 0 had some."""
+    cumsum = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: cumsum(x, dim) + torch.tensor([0.0, 1e-7, 0.0]))
+    logits = torch.tensor([[0.0, -math.inf, 0.0]])
+    ids, _ = sample_inverse_cdf(logits, torch.tensor([0.5]))
+    assert ids.tolist() == [2]
+
+
 def test_sampled_shares_are_the_probabilities():
     """Evenly spread uniforms draw each token as often as its probability says, at a temperature too."""
     n, temperature = 10_000, 0.5

@@ -109,7 +109,7 @@ def test_the_matched_interval_covers():
     covered = 0
     for _ in range(100):
         difference = rng.normal(-8, 10, 150)
-        x = np.tanh(difference / np.sqrt((difference**2).mean()))
+        x = np.tanh(difference / difference.std())
         wins = (rng.random(150) < 1 / (1 + np.exp(-(1.0 - 2.0 * x)))).astype(float)
         low, high = length_matched_win_rate(wins, 30 + difference, 1 - wins, [30.0] * 150).ci
         covered += low < 1 / (1 + math.exp(-1.0)) < high
