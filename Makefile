@@ -34,6 +34,7 @@ clean:  ## remove .venv and the checkers' caches; runs/ stays
 	@touch $@
 
 .venv/.torch: .venv/.python
+	@echo 'Installing torch and the libraries into .venv; it takes a few minutes, once.' >&2
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
 	@touch $@
 

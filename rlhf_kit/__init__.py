@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rlhf_kit.artifacts import __version__
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_kit.pipeline import Run
 
 __all__ = ["__version__", "load", "run"]
-__version__ = "0.1.0"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported; trl reports every start
 
 
 def run(

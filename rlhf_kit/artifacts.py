@@ -21,6 +21,7 @@ from typing import Any
 
 from rlhf_kit.errors import InputError
 
+__version__ = "0.1.0"  # here, for every manifest names it
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 RECIPE = "recipe.resolved.yaml"
@@ -77,7 +78,7 @@ def write_atomically(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,8 +99,9 @@ def truncate_jsonl(path: Path, step: int) -> None:
     write_atomically(path, "".join(line + "\n" for line in whole_lines if json.loads(line)["step"] <= step))
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have the disk take a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -120,6 +122,15 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
         if path.is_file() and name not in {MANIFEST, STARTED} and not name.startswith(f"{CHECKPOINTS}/"):
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     return files
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a stage's manifest with all its files; it becomes visible last, when every byte it speaks of is on disk."""
+    files = describe_files(folder)
+    for name in files:
+        _sync(folder / name)
+        _sync((folder / name).parent)
+    write_json(folder / MANIFEST, {**manifest, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -144,7 +155,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the files a manifest lists: "adapter/x: missing", "…: 10 bytes, was 12", "…: changed"."""
+    """Return what is wrong with the files a manifest lists: "a/x: missing", "a/x: 10 bytes, was 12", "a/x: changed"."""
     problems = []
     for name, expected in manifest["files"].items():
         path = folder / name
@@ -224,8 +235,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield  # closing the file releases the lock; the kernel does the same when the process dies
 
 
+def clear(folder: Path) -> None:
+    """Remove what runs left in a run directory, and nothing else."""
+    for path in folder.iterdir():
+        if (path / MANIFEST).is_file() or (path / STARTED).is_file():
+            remove_folder(path)
+        elif path.name in (RECIPE, ENVIRONMENT, SUMMARY, REPORT):
+            path.unlink()
+
+
 def set_aside(folder: Path) -> None:
-    """Clear the way for a stage to run anew: a finished stage is kept as `<stage>.previous`, an unfinished one removed."""
+    """Clear the way for a stage to run anew: a finished one becomes `<stage>.previous`, an unfinished one goes."""
     if not folder.exists():
         return
     if (folder / MANIFEST).is_file():

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -28,19 +29,27 @@ __all__ = ["Job", "Outcome", "StopRequest"]
 class StopRequest:
     """While it is entered, SIGTERM and SIGINT ask the run to stop at the next safe place instead of ending it.
 
-    A second SIGINT ends it at once. Between `now_safe` and `not_safe` there is nothing to lose, and a signal raises
-    `Interrupted` where it comes. Outside the main thread signals cannot be caught, and nothing is.
+    A second SIGINT ends it at once. Outside the main thread signals cannot be caught, and none is.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self.safe = False
+        self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
+
+    @contextmanager
+    def nothing_to_lose(self) -> Iterator[None]:
+        """While it lasts, a signal raises `Interrupted` where it comes: there is no checkpoint to wait for."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
@@ -50,7 +59,7 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        if self.safe:
+        if self._at_once:
             raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 

@@ -1,0 +1,108 @@
+"""The command line: thin verbs over the package. Results go to stdout, progress and logs to stderr.
+
+Exit codes: 0 done; 2 the user's input is wrong; 75 stopped on a signal, run again to go on; 1 anything else.
+torch and what needs it are imported inside the verbs, so that `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_kit.errors import InputError, Interrupted
+
+INPUT_IS_WRONG, STOPPED = 2, 75
+LIBRARIES = "accelerate|bitsandbytes|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl"
+
+app = typer.Typer(
+    name="rlhf-kit",
+    help="SFT, a reward model and PPO as adapters on one frozen base, from one recipe.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override one setting, e.g. stages.ppo.kl_coef=0.1. Repeatable."),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory; without it runs/<name of the recipe>.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run one stage; those before must be done.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew (with --only: that stage).")] = False,
+) -> None:
+    """Run the stages of a recipe; finished ones are skipped, an interrupted one goes on where it stopped."""
+    from rich.console import Console
+
+    from rlhf_kit import metrics, pipeline
+    from rlhf_kit.closing import closing_table
+    from rlhf_kit.recipe import load_recipe
+
+    settings = overrides or []
+    result = pipeline.run(recipe, settings, out, only=only, fresh=fresh)
+    if result.summary is not None and metrics.is_main_process():
+        Console().print(closing_table(load_recipe(recipe, settings), result.folder, result.summary))
+    pipeline.leave()
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check recipe, data cards and data, and print the plan with every derived size. Loads no model."""
+    from rlhf_kit.check import check_recipe
+    from rlhf_kit.recipe import load_recipe
+
+    for line in check_recipe(load_recipe(recipe, overrides or [])):
+        print(line)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]) -> None:
+    """Write the report of a run, one self-contained page, and print where it is."""
+    from rlhf_kit.report import write_report
+
+    print(write_report(run_dir))
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    quiet_libraries()
+    try:
+        app(prog_name="rlhf-kit")
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once for each process
+            print(error, file=sys.stderr)
+        sys.exit(INPUT_IS_WRONG)
+    except Interrupted as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def quiet_libraries() -> None:
+    """Leave of the libraries' talk what a user needs: errors. What the user has set stays."""
+    defaults = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # it warns when a process forks
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    if not sys.stderr.isatty():
+        defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=rf"({LIBRARIES})(\..*)?$")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,515 @@
+"""Run a recipe: its stages in order, finished ones skipped, each handing its manifest to the next.
+
+Everything that can be checked is checked before the first stage and before the run directory is made. A stage is known
+by what it was made from: its settings, its data, the base, the tokenizer and the manifests it consumed. What was made
+from the same is not made again; what was not is, and the log names the setting that changed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, report, scorers
+from rlhf_kit.collate import (
+    TextFormat,
+    load_text_format,
+    tokenise_demonstrations,
+    tokenise_pairs,
+    tokenise_prompts,
+)
+from rlhf_kit.errors import InputError, Interrupted, did_you_mean
+from rlhf_kit.examples import Examples, prompts_of
+from rlhf_kit.metrics import say
+from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
+from rlhf_kit.stages import Job, Outcome, StopRequest
+
+CARD_FIELDS = ("data", "normalize_on", "prompts")
+"""Settings that name a data card: a stage is known by the card's content, not by its path."""
+NOT_OF_THE_RESULT = ("checkpoint_every", "keep_checkpoints", "kl_budget")
+"""Settings that change nothing a stage leaves behind; a finished stage is not run again for them."""
+
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Ways of `accelerate launch` to split one model over processes, as its environment variables name them."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a recipe's run has left in its folder."""
+
+    folder: Path
+    manifests: dict[str, dict[str, Any]]
+    """Of the finished stages, by name."""
+    summary: dict[str, Any] | None
+    """The content of `summary.json`; None as long as a stage is missing."""
+
+
+def run(
+    recipe_path: Path,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    out: Path | None = None,
+    *,
+    only: str | None = None,
+    fresh: bool = False,
+) -> Run:
+    """Run the stages of a recipe that are not finished, then measure the result; see `rlhf_kit.run`."""
+    recipe = load_recipe(recipe_path, _as_written(overrides))
+    if only is not None and only not in recipe.stages:
+        raise InputError(f"--only {only}: {recipe.path} has no such stage{did_you_mean(only, recipe.stages)}")
+    plan = check.plan(recipe)
+    folder = out or Path("runs") / recipe.name
+    artifacts.check_run_directory(folder)
+    accelerator = start(recipe)
+    text_format = load_text_format(recipe.base)
+    for note in text_format.notes:
+        say(f"tokenizer: {note}")
+    check_functions(recipe)
+    check_lengths(recipe, plan.examples, text_format)
+    with StopRequest() as stop, _held(folder, accelerator):
+        pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
+        if fresh:
+            _on_main(accelerator, lambda: artifacts.remove_folder(folder / only) if only else artifacts.clear(folder))
+        try:
+            for name in [only] if only is not None else recipe.stages:
+                pipeline.bring_up_to_date(name, only=only is not None)
+            summary = pipeline.summarise()
+        except Interrupted as error:
+            raise Interrupted(f"{error}; to go on:\n  {_again(recipe_path, overrides, out, only)}") from error
+        return Run(folder, pipeline.finished(), summary)
+
+
+def load(run_dir: Path, stage: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer of a finished stage; see `rlhf_kit.load`."""
+    recipe = written_recipe(run_dir / artifacts.RECIPE)
+    if stage not in recipe.stages:
+        raise InputError(f"{run_dir}: has no stage {stage}{did_you_mean(stage, recipe.stages)}")
+    manifest = verified_manifest(run_dir / stage)
+    if manifest is None:
+        raise InputError(f"{run_dir / stage}: is not finished; run the recipe first.")
+    text_format = load_text_format(recipe.base)
+    identity = models.base_identity(recipe.base)
+    if identity["sha256"] != manifest["base"]["sha256"]:
+        raise InputError(f"{recipe.base.model}: has changed since {run_dir / stage} was made on it; put it back.")
+    model = models.load_base(recipe.base, text_format, Accelerator(mixed_precision="no"))
+    model.config.use_cache = True
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = text_format.pad_id
+        model.generation_config.eos_token_id = text_format.end_id
+    if isinstance(recipe.stages[stage], RewardStage):
+        model = models.classifier(model)
+    return models.open_adapter(model, run_dir / stage / "adapter"), text_format.tokenizer
+
+
+def leave() -> None:
+    """Take this process out of the group it was launched in, which would otherwise complain at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- before the first stage
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """Return the accelerator of this process, after saying what the run runs on.
+
+    Raises:
+        InputError: fewer processes run than were asked for, or in a way that this recipe cannot use.
+    """
+    sharding = [name for name in SHARDING if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if sharding:
+        eight_bit = " int8 weights cannot be split at all;" if recipe.base.quantization == "8bit" else ""
+        raise InputError(
+            f"accelerate launch: {sharding[0]} splits the base over processes, and rlhf_kit keeps it whole in each;"
+            f"{eight_bit} use recipes/accelerate/multi_gpu.yaml, and base.quantization: 4bit if it does not fit."
+        )
+    # Told to stay on the CPU where there is nothing else: it would not join several processes otherwise.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    world, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    # `accelerate launch --cpu --num_processes 2` starts one process; an address for the other is all it leaves.
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
+    if alone:
+        raise InputError(
+            "accelerate launch: several processes were asked for and one was started; on CPUs use --config_file "
+            "recipes/accelerate/cpu_two_processes.yaml (or unset MASTER_ADDR, if one is what you want)."
+        )
+    if world != asked:
+        raise InputError(
+            f"launched as one of {asked} processes (WORLD_SIZE) but joined with {world}; use a launcher configuration "
+            "from recipes/accelerate/."
+        )
+    device = accelerator.device
+    say(
+        f"rlhf_kit {artifacts.__version__}: {world} process{'es' if world > 1 else ''} on {_device_name(device)}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    return accelerator
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def check_functions(recipe: Recipe) -> None:
+    """Import the Python functions that score, before anything is trained for them.
+
+    Raises:
+        InputError: one cannot be imported or is no function.
+    """
+    for name, settings in recipe.stages.items():
+        if isinstance(settings, PPOStage) and recipe.reward_source(name) == "function":
+            scorers.load_function(settings.reward)
+    if recipe.evaluation.gold is not None:
+        scorers.load_function(recipe.evaluation.gold)
+
+
+def check_lengths(recipe: Recipe, examples: Mapping[str, Examples], text_format: TextFormat) -> None:
+    """Refuse rows that do not fit, before hours are spent on the stages that come first.
+
+    Only stages with `truncate: error`: the others count what they cut or leave out.
+
+    Raises:
+        InputError: the rows of every stage that are too long.
+    """
+    context = models.context_length(recipe.base)
+    problems = []
+    for name, settings in recipe.stages.items():
+        if settings.truncate != "error":
+            continue
+        try:
+            if isinstance(settings, PPOStage):
+                room = None if context is None else context - settings.max_new_tokens
+                rows = prompts_of(examples[settings.prompts])
+                tokenise_prompts(rows.train, text_format, room, "error")
+            else:
+                rows = examples[settings.data]
+                tokenise = tokenise_pairs if isinstance(settings, RewardStage) else tokenise_demonstrations
+                tokenise([*rows.train, *rows.heldout], text_format, settings.max_length or context, "error")
+        except InputError as error:
+            problems += [f"{recipe.where(f'stages.{name}')}: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+
+
+# ---------------------------------------------------------------- the stages
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One run at work: the recipe, what was read for it, and where it goes."""
+
+    recipe: Recipe
+    folder: Path
+    examples: Mapping[str, Examples]
+    text_format: TextFormat
+    accelerator: Accelerator
+    stop: StopRequest
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Return the manifests of the finished stages, in the recipe's order."""
+        manifests = {name: artifacts.read_manifest(self.folder / name) for name in self.recipe.stages}
+        return {name: manifest for name, manifest in manifests.items() if manifest is not None}
+
+    def made_from(self, name: str) -> dict[str, Any]:
+        """Return, as one flat mapping, all that a stage's result depends on."""
+        settings = self.recipe.stages[name]
+        own = settings.model_dump(exclude={*NOT_OF_THE_RESULT, *CARD_FIELDS})
+        cards = {field: getattr(settings, field, None) for field in CARD_FIELDS}
+        own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
+        if isinstance(settings, PPOStage) and self.recipe.reward_source(name) == "model":
+            reward = Path(settings.reward)
+            own["reward"] = artifacts.content_hash_of_model_folder(reward) if reward.is_dir() else settings.reward
+        base = models.base_identity(self.recipe.base)
+        if base["sha256"] is not None:  # the content of a folder tells more than its name
+            del base["name"], base["revision"]
+        tokenizer = {key: value for key, value in self.text_format.identity().items() if key != "notes"}
+        inputs = {stage: artifacts.manifest_hash(self.folder / stage) for stage in self.recipe.depends_on(name)}
+        return artifacts.flat(
+            {
+                f"stages.{name}": own,
+                "adapter": self.recipe.adapter.model_dump(),
+                "base": base,
+                "tokenizer": tokenizer,
+                "seed": self.recipe.seed,
+                "inputs": inputs,
+            }
+        )
+
+    def bring_up_to_date(self, name: str, *, only: bool) -> None:
+        """Leave a finished stage as it is if it was made from what it would be made from now; else run it."""
+        if only:
+            _on_main(self.accelerator, lambda: self._require_inputs(name))
+        made_from, found = _on_main(self.accelerator, lambda: self._prepare(name))
+        if found:
+            return
+        folder = self.folder / name
+        inputs = {stage: artifacts.read_manifest(self.folder / stage) or {} for stage in self.recipe.depends_on(name)}
+        settings = self.recipe.stages[name]
+        job = Job(
+            recipe=self.recipe,
+            name=name,
+            settings=settings,
+            folder=folder,
+            inputs=inputs,
+            examples=self.examples,
+            text_format=self.text_format,
+            accelerator=self.accelerator,
+            stop=self.stop,
+        )
+        self._raise_if_stopped(name)
+        say(f"{name}: starting ({settings.kind})")
+        set_seed(self.recipe.seed)  # a stage must not depend on whether the ones before it ran in this process
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.monotonic()
+        tracking = metrics.tracking(
+            self.accelerator,
+            self.recipe.trackers,
+            project=self.recipe.name,
+            stage=name,
+            folder=folder / "trackers",
+            settings=settings.model_dump(),
+        )
+        try:
+            with tracking:
+                outcome = stage_function(settings)(job)
+        except Interrupted:
+            seconds = time.monotonic() - started
+            _on_main(self.accelerator, lambda: _add_seconds(folder, seconds))
+            raise
+        self.accelerator.wait_for_everyone()
+        seconds, peak = time.monotonic() - started, distributed.maximum(metrics.peak_bytes(), self.accelerator)
+        _on_main(self.accelerator, lambda: self._finish(job, outcome, made_from, seconds, int(peak)))
+        say(f"{name}: finished in {metrics.duration(seconds)}")
+        gc.collect()  # the trainers' cycles hold the base; the next stage loads its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _require_inputs(self, name: str) -> None:
+        """Refuse to run a stage alone unless the stages it builds on, and theirs, are finished and unchanged."""
+        for stage in self.recipe.depends_on(name):
+            self._require_inputs(stage)
+            manifest = verified_manifest(self.folder / stage)
+            if manifest is None:
+                raise InputError(f"--only {name}: it builds on {stage}, which is not finished; run without --only.")
+            changed = artifacts.differences(manifest["made_from"], self.made_from(stage))
+            if changed:
+                raise InputError(
+                    f"--only {name}: it builds on {stage}, which was made from something else ({_listed(changed)}); "
+                    "run without --only, or set it back."
+                )
+
+    def _prepare(self, name: str) -> tuple[dict[str, Any], bool]:
+        """Return what the stage is made from, and whether it is finished already; if not, make its folder ready."""
+        folder = self.folder / name
+        made_from = self.made_from(name)
+        manifest = verified_manifest(folder)
+        if manifest is not None:
+            changed = artifacts.differences(manifest["made_from"], made_from)
+            if not changed:
+                self._tidy(name)
+                say(f"{name}: finished already, nothing has changed; skipped")
+                return made_from, True
+            say(f"{name}: runs again, because of {_listed(changed)}; the old one is kept until then")
+        elif (folder / artifacts.STARTED).is_file():
+            begun = artifacts.read_json(folder / artifacts.STARTED)["made_from"]
+            changed = artifacts.differences(begun, made_from)
+            checkpoints = folder / artifacts.CHECKPOINTS
+            if not changed and checkpoints.is_dir() and any(checkpoints.iterdir()):
+                say(f"{name}: was interrupted; going on from its checkpoint")
+                return made_from, False
+            if changed:
+                say(f"{name}: was interrupted and starts anew, because of {_listed(changed)}")
+        self._write_head()
+        artifacts.set_aside(folder)
+        folder.mkdir()
+        artifacts.write_json(folder / artifacts.STARTED, {"made_from": made_from, "seconds": 0.0})
+        return made_from, False
+
+    def _write_head(self) -> None:
+        """Write what is going to run, and on what."""
+        artifacts.write_atomically(self.folder / artifacts.RECIPE, resolved_yaml(self.recipe))
+        device = _device_name(self.accelerator.device)
+        environment = artifacts.environment(device, self.accelerator.num_processes)
+        artifacts.write_json(self.folder / artifacts.ENVIRONMENT, environment)
+
+    def _finish(self, job: Job, outcome: Outcome, made_from: dict[str, Any], seconds: float, peak: int) -> None:
+        """Write the manifest, and only then remove what served to get there."""
+        settings = job.settings.model_dump()
+        extra = dict(outcome.extra)
+        before = artifacts.read_json(job.folder / artifacts.STARTED)["seconds"]
+        manifest = {
+            "schema": artifacts.SCHEMA,
+            "rlhf_kit": artifacts.__version__,
+            "stage": job.name,
+            "kind": job.settings.kind,
+            "base": models.base_identity(self.recipe.base),
+            "tokenizer": self.text_format.identity(),
+            "inputs": {stage: made_from[f"inputs.{stage}"] for stage in job.inputs},
+            "data": outcome.data,
+            "settings": settings,
+            "settings_hash": artifacts.hash_of(settings),
+            "seed": self.recipe.seed,
+            "metrics": outcome.metrics,
+            "cost": {"seconds": before + seconds, "peak_bytes": peak, "tokens": extra.pop("tokens", None)},
+            "made_from": made_from,
+            **extra,
+        }
+        artifacts.write_manifest(job.folder, manifest)
+        self._tidy(job.name)
+
+    def _tidy(self, name: str) -> None:
+        folder = self.folder / name
+        if not getattr(self.recipe.stages[name], "keep_checkpoints", False):
+            shutil.rmtree(folder / artifacts.CHECKPOINTS, ignore_errors=True)
+        (folder / artifacts.STARTED).unlink(missing_ok=True)
+        artifacts.remove_folder(folder.with_name(name + artifacts.PREVIOUS))
+
+    def _raise_if_stopped(self, where: str) -> None:
+        if distributed.agree(self.stop.requested, self.accelerator):
+            raise Interrupted(f"stopped before {where}")
+
+    # ------------------------------------------------------------ afterwards
+
+    def summarise(self) -> dict[str, Any] | None:
+        """Return the summary, measured now unless it is there and of these stages; None while one is not finished."""
+        made_from, summary = _on_main(self.accelerator, self._look_for_summary)
+        if made_from is None or summary is not None:
+            return summary
+        self._raise_if_stopped("the evaluation")
+        with self.stop.nothing_to_lose():
+            summary = evaluation.summarise(
+                self.recipe, self.folder, self.finished(), self.examples, self.text_format, self.accelerator
+            )
+        summary["made_from"] = made_from
+        if self.accelerator.is_main_process:
+            artifacts.write_json(self.folder / artifacts.SUMMARY, summary)
+            report.write_report(self.folder)
+        return summary
+
+    def _look_for_summary(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Return what the summary is made from (None while a stage is missing), and the summary if it is there."""
+        manifests = self.finished()
+        missing = [
+            name
+            for name in self.recipe.stages
+            if name not in manifests or artifacts.differences(manifests[name]["made_from"], self.made_from(name))
+        ]
+        if missing:
+            say(f"no summary yet: {', '.join(missing)} to be run")
+            return None, None
+        settings = self.recipe.evaluation
+        made_from = {
+            "stages": {name: artifacts.manifest_hash(self.folder / name) for name in manifests},
+            "evaluation": settings.model_dump(exclude={"prompts"}),
+            "prompts": self.examples[settings.prompts].content_hash if settings.prompts is not None else None,
+        }
+        path = self.folder / artifacts.SUMMARY
+        if path.is_file() and (summary := artifacts.read_json(path)).get("made_from") == made_from:
+            say("summary: measured already")
+            return made_from, summary
+        return made_from, None
+
+
+def stage_function(settings: SFTStage | RewardStage | PPOStage) -> Callable[[Job], Outcome]:
+    """Return what runs a stage of this kind. Imported late: trl alone takes six seconds."""
+    if isinstance(settings, SFTStage):
+        from rlhf_kit.stages import sft
+
+        return sft.run
+    if isinstance(settings, RewardStage):
+        from rlhf_kit.stages import reward
+
+        return reward.run
+    from rlhf_kit.stages import ppo
+
+    return ppo.run
+
+
+def verified_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a finished stage's manifest, None where it is not finished.
+
+    Raises:
+        InputError: files that it lists are missing or changed.
+    """
+    manifest = artifacts.read_manifest(folder)
+    problems = artifacts.changed_files(folder, manifest) if manifest else []
+    if problems:
+        raise InputError(
+            f"{folder}: not as it was when the stage finished: {'; '.join(problems)}. "
+            f"Put the files back, or run the stage anew with --only {folder.name} --fresh."
+        )
+    return manifest
+
+
+# ---------------------------------------------------------------- small things
+
+
+def _as_written(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
+    """Return overrides as the command line has them: "a.b=value"."""
+    if not isinstance(overrides, Mapping):
+        return overrides
+    return [f"{key}={json.dumps(value)}" for key, value in artifacts.flat(overrides).items()]
+
+
+def _again(recipe_path: Path, overrides: Mapping[str, Any] | Sequence[str], out: Path | None, only: str | None) -> str:
+    """Return the command that goes on with this run; without --fresh, which would not."""
+    words = ["rlhf-kit", "run", str(recipe_path)]
+    for override in _as_written(overrides):
+        words += ["--set", override]
+    words += ["--out", str(out)] if out else []
+    words += ["--only", only] if only else []
+    return shlex.join(words)
+
+
+def _listed(changes: Sequence[str]) -> str:
+    return ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+def _add_seconds(folder: Path, seconds: float) -> None:
+    begun = artifacts.read_json(folder / artifacts.STARTED)
+    artifacts.write_json(folder / artifacts.STARTED, {**begun, "seconds": begun["seconds"] + seconds})
+
+
+@contextmanager
+def _held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run directory in the main process; all processes fail where it cannot."""
+    lock = artifacts.locked(folder)
+    _on_main(accelerator, lambda: lock.__enter__())
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            lock.__exit__(None, None, None)
+
+
+def _on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Return what `function` returns in the main process, in every process; an InputError is raised in every one."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = error.problems
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
