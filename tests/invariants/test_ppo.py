@@ -1,0 +1,210 @@
+"""What must hold for PPO as a whole, on a tiny model: the same update however it is divided, exact resume, guards."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rlhf_kit import models
+from rlhf_kit.collate import load_text_format
+from rlhf_kit.data_cards import load_card
+from rlhf_kit.errors import Interrupted
+from rlhf_kit.examples import load_examples
+from rlhf_kit.recipe import load_recipe
+from rlhf_kit.stages import Job, StopRequest, ppo
+from tests import tiny
+from tests.invariants import roles
+
+
+def count_of_a(prompts, completions):
+    """Score completions by the share of the letter a: something a tiny policy can learn in a few updates."""
+    return [completion.lower().count("a") for completion in completions]
+
+
+def make_job(folder: Path, *, out: str = "run", quantization: str = "none", **settings) -> Job:
+    """Return a PPO job of 8 completions an update on the tiny model, its SFT and reward stages finished."""
+    model = folder / "model"
+    if not model.exists():
+        tiny.make_checkpoint(model)
+    card = tiny.write_card(folder, "prompts", "prompts", [{"prompt": q} for q in tiny.QUESTIONS], heldout=0.1)
+    pairs = tiny.write_card(folder, "pairs", "preferences", tiny.preferences(), heldout=0.1)
+    shown = tiny.write_card(folder, "demonstrations", "demonstrations", tiny.demonstrations(), heldout=0.1)
+    stages = {
+        "sft": {"kind": "sft", "data": str(shown)},
+        "reward": {"kind": "reward", "init": "sft", "data": str(pairs)},
+        "ppo": {
+            "kind": "ppo",
+            "policy": "sft",
+            "reward": "reward",
+            "prompts": str(card),
+            "kl_coef": 0.05,
+            "updates": 3,
+            "batch_size": 8,
+            "epochs": 2,
+            "minibatches": 2,
+            "microbatch": 4,
+            "max_new_tokens": 10,
+            "learning_rate": 0.003,
+            "missing_eos_penalty": 1.0,
+            **settings,
+        },
+    }
+    recipe = load_recipe(tiny.write_recipe(folder / "tiny.yaml", model, stages, base={"quantization": quantization}))
+    text_format = load_text_format(recipe.base)
+    run = folder / out
+    if not run.exists():
+        roles.write_adapters(folder / "made", recipe.base, text_format)
+        for stage in ("sft", "reward"):
+            (run / stage).mkdir(parents=True)
+            (folder / "made" / stage).rename(run / stage / "adapter")
+        (run / "ppo").mkdir()
+    accelerator = Accelerator(cpu=True)
+    reward_model = models.classifier(models.load_base(recipe.base, text_format, accelerator))
+    reward_model = models.open_adapter(reward_model, run / "reward" / "adapter")
+    probe = []
+    for question in tiny.QUESTIONS[:2]:
+        ids = text_format.prompt_ids(question)
+        with torch.no_grad():
+            score = models.sequence_scores(reward_model, torch.tensor([ids]), torch.ones(1, len(ids)))
+        probe.append({"ids": ids, "score": float(score)})
+    return Job(
+        recipe=recipe,
+        name="ppo",
+        settings=recipe.stages["ppo"],
+        folder=run / "ppo",
+        inputs={"sft": {}, "reward": {"score_normalisation": {"mean": 0.1, "std": 0.5}, "probe": probe}},
+        examples={str(card): load_examples(load_card(card))},
+        text_format=text_format,
+        accelerator=accelerator,
+        stop=StopRequest(),
+    )
+
+
+def metrics(job: Job) -> list[dict]:
+    """Return the lines of metrics.jsonl without what a clock or the operating system measured."""
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    measured = ("time/", "throughput/", "memory/")
+    return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in lines]
+
+
+@pytest.mark.parametrize("value", ["adapter", "trunk"])
+def test_microbatches_do_not_change_the_update(tmp_path, value):
+    """1x8, 2x4 and 8x1 microbatches take the same optimizer steps up to the order of float summation."""
+    results = []
+    for microbatch in (8, 4, 1):
+        trainer = ppo.PPO(make_job(tmp_path, microbatch=microbatch, value=value, minibatches=1, updates=1))
+        rollout, _ = trainer.roll_out(0)
+        trainer.learn(0, rollout, trainer.targets(rollout))
+        results.append({name: parameter.detach().clone() for name, parameter in trainer.parameters.items()})
+    start = ppo.PPO(make_job(tmp_path, value=value)).parameters
+    for name, reference in results[0].items():
+        moved = (reference - start[name]).abs().max()
+        assert moved > 0, name
+        for other in results[1:]:
+            # Adam turns a gradient g into a step of about g / |g|: an error of 1e-6 in g weighs most where g is small.
+            assert (other[name] - reference).abs().max() < 0.02 * moved, name
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_the_step_0_invariants_hold(tmp_path, quantization):
+    """A run starts with KL exactly 0 and a first ratio of exactly 1, whatever the base is stored in."""
+    found = ppo.PPO(make_job(tmp_path, quantization=quantization)).check_invariants()
+    assert found["kl"] == 0
+    assert found["first_ratio_error"] == 0
+
+
+def test_a_reward_model_that_changed_is_noticed(tmp_path):
+    """If the stored probe no longer gets the score that was stored, the run stops before it samples anything."""
+    job = make_job(tmp_path)
+    job.inputs["reward"]["probe"][1]["score"] += 0.01
+    with pytest.raises(RuntimeError, match="probe_score_error"):
+        ppo.PPO(job).check_invariants()
+
+
+@pytest.mark.parametrize("value", ["adapter", "trunk"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, value):
+    """Stopped after the first update and started again, a run ends with the same adapters, metrics and samples."""
+    whole = make_job(tmp_path, value=value, samples_every=1, kl_target=2.0)
+    ppo.run(whole)
+
+    halves = make_job(tmp_path, out="halves", value=value, samples_every=1, kl_target=2.0)
+    halves.stop.requested = True
+    with pytest.raises(Interrupted, match="after update 1 of 3"):
+        ppo.run(halves)
+    halves.stop.requested = False
+    ppo.run(halves)
+
+    folders = ("adapter", "value") if value == "adapter" else ("adapter",)
+    for name in folders:
+        ours, theirs = (models.read_adapter(job.folder / name)[0] for job in (whole, halves))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert metrics(whole) == metrics(halves)
+    assert (whole.folder / "samples.jsonl").read_text() == (halves.folder / "samples.jsonl").read_text()
+
+
+def test_every_metric_of_the_contract_is_logged(tmp_path):
+    """Each update writes one line with every name that the contract lists for PPO."""
+    job = make_job(tmp_path)
+    ppo.run(job)
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    contract = """objective/score objective/kl objective/kl_k3 objective/kl_coef ppo/policy_loss ppo/value_loss
+    ppo/clip_fraction ppo/approx_kl ppo/first_ratio_error value/explained_variance rollout/ended_fraction
+    rollout/length time/rollout_s time/update_s throughput/completions_per_s memory/peak_bytes""".split()
+    for line in lines:
+        assert set(contract) <= line.keys()
+        assert all(math.isfinite(line[name]) for name in contract)
+        assert line["ppo/first_ratio_error"] < 1e-4
+    assert lines[0]["objective/kl"] == 0
+
+
+def test_a_score_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
+    """The message names the tensor and the update, and nothing has been learned from it."""
+    trainer = ppo.PPO(make_job(tmp_path))
+    monkeypatch.setattr(trainer, "scorer", lambda written: torch.full((len(written.texts),), torch.nan))
+    with pytest.raises(ppo.NonFiniteError, match=r"update 1: scores is NaN or infinite"):
+        trainer.roll_out(0)
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit"])
+def test_ppo_learns_what_is_rewarded(tmp_path, quantization):
+    """With a function as the reward, the policy writes more of what it counts."""
+    job = make_job(
+        tmp_path,
+        quantization=quantization,
+        reward="tests.invariants.test_ppo:count_of_a",
+        updates=12,
+        batch_size=32,
+        microbatch=32,
+        learning_rate=0.01,
+        kl_coef=0.01,
+        missing_eos_penalty=None,
+    )
+    ppo.run(job)
+    scores = [line["objective/score"] for line in metrics(job)]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0, scores  # in standard deviations of the reference
+
+
+def test_score_settings_do_what_they_say(tmp_path):
+    """The penalty is taken from completions without an end, whitening scales scores to unit variance, the clip holds."""
+    trainer = ppo.PPO(make_job(tmp_path, score_clip=0.1, missing_eos_penalty=3.0, kl_coef=0.0, gamma=1.0, lam=1.0))
+    rollout, _ = trainer.roll_out(0)
+    assert rollout.scores.abs().max() <= 0.1
+    returns = trainer.targets(rollout).returns
+    expected = rollout.scores - 3.0 * (~rollout.ended)
+    torch.testing.assert_close(returns[:, 0], expected, rtol=0, atol=1e-5)  # lambda 1: the return is the reward to come
+
+
+def test_prompts_come_in_shuffled_passes(tmp_path):
+    """Every pass over the prompts uses each prompt once, in another order."""
+    trainer = ppo.PPO(make_job(tmp_path))
+    count = len(trainer.prompts)
+    seen = [row for update in range(2 * count) for row in trainer._prompt_rows(update)][: 2 * count]
+    assert sorted(seen[:count]) == sorted(seen[count:]) == list(range(count))
+    assert seen[:count] != seen[count:]

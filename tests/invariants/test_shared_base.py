@@ -1,0 +1,224 @@
+"""What must hold for the roles on one base, in full precision, 8-bit and 4-bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_kit import models
+from rlhf_kit.collate import left_pad
+from rlhf_kit.errors import InputError
+from rlhf_kit.generation import uniforms
+from rlhf_kit.maths.logprobs import sample_inverse_cdf
+from rlhf_kit.rollout import completion_logprobs, completion_states
+from rlhf_kit.scorers import AdapterScorer, Written
+from tests import tiny
+from tests.invariants import roles
+
+QUANTIZATIONS = ["none", "8bit", "4bit"]
+
+
+@pytest.fixture(params=QUANTIZATIONS)
+def world(request, tmp_path):
+    return roles.shared_base(tmp_path, request.param)
+
+
+def logprobs(shared, role, rollout):
+    return completion_logprobs(shared, completion_states(shared, role, rollout), rollout, 1.0)
+
+
+def test_an_untrained_policy_is_the_reference_bit_for_bit(world):
+    """The policy starts as a copy of the SFT adapter: its KL to the reference is exactly 0, and not so to the base."""
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+    with torch.no_grad():
+        policy, reference, base = (logprobs(shared, role, rollout) for role in ("policy", "reference", models.BASE))
+    assert torch.equal(policy, reference)
+    assert (policy - base).abs().max() > 1e-3
+
+
+def test_gradients_do_not_change_the_log_probabilities(world):
+    """The same tokens have the same log-probabilities with and without gradients, so the first ratio is exactly 1."""
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+    with torch.no_grad():
+        before = logprobs(shared, "policy", rollout)
+    during = logprobs(shared, "policy", rollout)
+    assert during.requires_grad
+    assert torch.equal(before, during.detach())
+
+
+def test_a_roles_loss_reaches_that_roles_parameters_only(world):
+    """The policy's log-probabilities train the policy adapter, the values the value adapter and head, nothing else."""
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+    everything = shared.trainable()
+    assert {name.split("/")[0] for name in everything} == {"policy", "value"}
+
+    logprobs(shared, "policy", rollout).sum().backward()
+    touched = {name for name, parameter in everything.items() if parameter.grad is not None}
+    assert touched == {name for name in everything if name.startswith("policy/")}
+
+    shared.heads["value"](completion_states(shared, "value", rollout)).sum().backward()
+    assert all(parameter.grad is not None for parameter in everything.values())
+    assert all(
+        parameter.grad is None for name, parameter in shared.peft.named_parameters() if ".policy." not in name and
+        ".value." not in name
+    )
+
+
+def test_using_a_role_ends_where_it_began(world):
+    """Switching nests and is undone, also by an exception, and leaves every parameter's requires_grad as it was."""
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+
+    def trainable():
+        return {name for name, parameter in shared.peft.named_parameters() if parameter.requires_grad}
+
+    before = trainable()
+    with torch.no_grad(), shared.using("policy"):
+        with pytest.raises(KeyError), shared.using(models.BASE):
+            raise KeyError
+        inside = shared.trunk(input_ids=rollout.ids).last_hidden_state
+        with shared.using("reward"):
+            other = shared.trunk(input_ids=rollout.ids).last_hidden_state
+        again = shared.trunk(input_ids=rollout.ids).last_hidden_state
+    assert torch.equal(inside, again)
+    assert not torch.equal(inside, other)
+    assert trainable() == before
+
+
+def test_padding_and_batch_mates_do_not_change_log_probabilities(world):
+    """A completion has the same log-probabilities alone, in a batch, and with more padding on either side.
+
+    With the outlier decomposition of 8-bit weights on, they would differ by tenths of a nat.
+    """
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+    padded = replace(
+        rollout,
+        prompt_ids=torch.nn.functional.pad(rollout.prompt_ids, (3, 0), value=text_format.pad_id),
+        prompt_mask=torch.nn.functional.pad(rollout.prompt_mask, (3, 0)),
+    )
+    with torch.no_grad():
+        together = logprobs(shared, "policy", rollout)
+        torch.testing.assert_close(logprobs(shared, "policy", padded), together, rtol=0, atol=2e-5)
+        for row in range(len(roles.PROMPTS)):
+            alone = rollout.rows(torch.tensor([row]))
+            expected = together[row : row + 1, : alone.completion_ids.shape[1]]
+            torch.testing.assert_close(logprobs(shared, "policy", alone), expected, rtol=0, atol=2e-5)
+
+
+def test_generation_with_cache_and_leaving_rows_equals_one_token_at_a_time(world):
+    """Sampling with a cache, while ended rows leave the batch, draws what full forward passes of one row would."""
+    shared, text_format = world
+    # An end token that comes early, so that rows leave at different steps.
+    first = roles.sampled(shared, text_format, length=20)
+    end_id = int(first.completion_ids[1, 4])
+    text_format = replace(text_format, end_id=end_id)
+    rollout = roles.sampled(shared, text_format, length=20)
+    lengths = rollout.completion_mask.sum(1).tolist()
+    assert len(set(lengths)) > 1
+    assert rollout.ended.tolist() == [
+        int(ids[length - 1]) == end_id for ids, length in zip(rollout.completion_ids, lengths, strict=True)
+    ]
+    uniform = uniforms(range(4), 4, 20, 0, "test")
+    for row, prompt in enumerate(roles.PROMPTS):
+        ids = text_format.prompt_ids(prompt)
+        for step in range(lengths[row]):
+            with torch.no_grad(), shared.using("policy"):
+                logits = shared.causal(input_ids=torch.tensor([ids])).logits[:, -1]
+            token, _ = sample_inverse_cdf(logits, uniform[row, step : step + 1])
+            assert int(token) == int(rollout.completion_ids[row, step]), (row, step)
+            ids = [*ids, int(token)]
+
+
+def test_the_reward_role_scores_as_the_plain_sequence_classifier_does(tmp_path):
+    """transformers and peft alone give the scores that the shared base gives, from the files of the adapter folder."""
+    shared, text_format = roles.shared_base(tmp_path)
+    rollout = roles.sampled(shared, text_format)
+    ours = AdapterScorer(shared, "reward")(Written([], [], rollout.ids, rollout.mask))
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
+    plain = PeftModel.from_pretrained(plain, tmp_path / "reward").eval()
+    for row in range(len(roles.PROMPTS)):
+        ids = rollout.ids[row][rollout.mask[row]]
+        with torch.no_grad():
+            theirs = plain(input_ids=ids.unsqueeze(0)).logits
+        torch.testing.assert_close(ours[row], theirs.squeeze(), rtol=0, atol=1e-5)
+
+
+def test_the_value_function_starts_as_the_normalised_score(world):
+    """At the last real token the value head gives (score - mean) / std of the reward model it was started from."""
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+    scores = AdapterScorer(shared, "reward")(Written([], [], rollout.ids, rollout.mask))
+    with torch.no_grad():
+        hidden = shared.hidden("value", rollout.ids, rollout.mask)
+        last = rollout.prompt_ids.shape[1] + rollout.completion_mask.sum(1) - 1
+        values = shared.heads["value"](hidden[torch.arange(4), last]).squeeze(-1)
+    torch.testing.assert_close(values, (scores - 0.5) / 2.0, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_4bit_gradients_survive_a_pass_without_gradients(tmp_path, width):
+    """Gradients after generation equal those before it, also for widths that 64 does not divide."""
+    tiny.make_checkpoint(tmp_path / "model", hidden_size=width, intermediate_size=2 * width)
+    shared, text_format = roles.shared_base(tmp_path, "4bit")
+    prompts = left_pad([text_format.prompt_ids("Where?") + [10, 11, 12]], text_format.pad_id)
+
+    def gradients():
+        hidden = shared.hidden("policy", prompts.prompt_ids, prompts.prompt_mask)
+        hidden.square().sum().backward()
+        result = {name: p.grad.clone() for name, p in shared.parameters_of("policy").items()}
+        for parameter in shared.parameters_of("policy").values():
+            parameter.grad = None
+        return result
+
+    before = gradients()
+    roles.sampled(shared, text_format)
+    after = gradients()
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    """An adapter made on other weights gets a message that names both, not wrong text."""
+    shared, text_format = roles.shared_base(tmp_path)
+    tiny.make_checkpoint(tmp_path / "other", seed=5)
+    base = roles.base_settings(tmp_path / "other", "none")
+    other = models.SharedBase(models.load_base(base, text_format, Accelerator(cpu=True)), base)
+    with pytest.raises(InputError, match="made for another base"):
+        other.add("policy", tmp_path / "sft")
+
+
+def test_an_adapter_of_another_shape_is_refused(tmp_path):
+    """An adapter whose weights do not fit the base is refused before anything is copied."""
+    roles.shared_base(tmp_path)
+    tiny.make_checkpoint(tmp_path / "wide", hidden_size=96)
+    base = roles.base_settings(tmp_path / "wide", "none")
+    from rlhf_kit.collate import load_text_format
+
+    model = models.load_base(base, load_text_format(base), Accelerator(cpu=True))
+    models._content_hash.cache_clear()
+    with pytest.raises(InputError, match="another base"):
+        models.add_adapter(model, roles.ADAPTER, "CAUSAL_LM", init=tmp_path / "sft", seed=0, base=base)
+
+
+def test_missing_weights_are_refused(tmp_path):
+    """A checkpoint that lacks a weight is refused instead of starting with random numbers there."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.make_checkpoint(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    base = roles.base_settings(folder, "none")
+    from rlhf_kit.collate import load_text_format
+
+    with pytest.raises(InputError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.load_base(base, load_text_format(base), Accelerator(cpu=True))
