@@ -21,9 +21,9 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"examples", "batches"},
     {"collate", "check"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics"},
-    {"rollout", "evaluation"},
+    {"rollout", "evaluation", "training"},
     {"stages"},
-    {"report", "quickstart"},
+    {"report", "closing", "quickstart"},
     {"pipeline"},
     {"__main__", ""},  # "" is the package's own __init__
 )

@@ -87,3 +87,20 @@ def wilson_ends(successes: float, n: float, z: float) -> tuple[float, float]:
         return inside
 
     return crossing(observed, 0.0), crossing(observed, 1.0)
+
+
+def length_regression(wins: Sequence[float], lengths_a: Sequence[float], lengths_b: Sequence[float]) -> float:
+    """Dubois et al. 2024: sigmoid(intercept) of the logistic regression on tanh(d / std(d)), by small gradient steps.
+
+    With normal priors of width 10 on the intercept and 2.5 on the slope.
+    """
+    d = [a - b for a, b in zip(lengths_a, lengths_b, strict=True)]
+    _, variance = mean_and_variance(d)
+    x = [math.tanh(di / math.sqrt(variance)) for di in d]
+    intercept = slope = 0.0
+    for _ in range(20_000):
+        misses = [1 / (1 + math.exp(-intercept - slope * xi)) - win for xi, win in zip(x, wins, strict=True)]
+        down_intercept = sum(misses) + intercept / 10**2
+        down_slope = sum(m * xi for m, xi in zip(misses, x, strict=True)) + slope / 2.5**2
+        intercept, slope = intercept - down_intercept / len(x), slope - down_slope / len(x)
+    return 1 / (1 + math.exp(-intercept))

@@ -74,6 +74,15 @@ def test_adaptive_coefficient_by_hand(kl, factor):
     assert control.coef == pytest.approx(0.1 * factor, rel=1e-12)
 
 
+def test_adaptive_coefficient_counts_completions():
+    """Twice the completions move it twice as far, whatever the number of updates."""
+    control = AdaptiveKL(1.0, target=1.0, horizon=100)
+    control.update(2.0, completions=10)
+    assert control.coef == pytest.approx(1.02, rel=1e-12)
+    control.update(2.0, completions=20)
+    assert control.coef == pytest.approx(1.02 * 1.04, rel=1e-12)
+
+
 def test_adaptive_coefficient_finds_its_target():
     """Where KL falls as the coefficient rises (KL = 1 / coef), it settles at the target."""
     control = AdaptiveKL(0.05, target=5.0, horizon=1000)

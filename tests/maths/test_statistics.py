@@ -84,6 +84,13 @@ def test_equal_lengths_leave_the_win_rate():
     assert found.ci == pytest.approx(wilson_interval(60, 100), abs=0.005)
 
 
+def test_the_matched_rate_agrees_with_the_paper():
+    """On eight prompts with wins, ties and losses at all sorts of lengths, it is what slow gradient descent finds."""
+    wins, a, b = [1, 1, 0.5, 0, 1, 1, 0, 1], [40, 35, 20, 22, 50, 18, 9, 31], [20, 30, 25, 24, 20, 24, 30, 30]
+    found = length_matched_win_rate(wins, a, [1 - win for win in wins], b)
+    assert found.rate == pytest.approx(oracle.length_regression(wins, a, b), abs=1e-6)
+
+
 def test_winning_by_length_alone_is_no_win():
     """a wins exactly where it is longer, which is mostly: 75 % raw, about half when matched."""
     rng = np.random.default_rng(0)

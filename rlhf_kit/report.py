@@ -1,0 +1,235 @@
+"""One self-contained page about a run: figures, samples, curves, settings and hashes.
+
+Everything comes from the files of the run directory; what is not there yet is left out. The page needs no network and
+runs no script, and nothing that a model or a data set wrote is read as markup.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from rlhf_kit import artifacts
+from rlhf_kit.errors import InputError
+from rlhf_kit.metrics import HEADLINE, duration, read_metrics
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+POINTS = 240  # of one curve; longer ones are drawn as means of neighbouring steps
+TEXT = 4_000  # characters of a prompt or a completion
+WIDTH, HEIGHT, MARGIN = 320.0, 120.0, 4.0  # of a chart, in its own units
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One curve: what its picture and its caption need."""
+
+    name: str
+    paths: tuple[str, ...]  # SVG path data of its unbroken pieces
+    first_step: int
+    last_step: int
+    lowest: float
+    highest: float
+    last: float
+    zero: float | None  # height of the line at 0, where it is in the picture
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory, from whatever is there, and return its path.
+
+    Raises: InputError where there is no run.
+    """
+    if not (run_dir / artifacts.RECIPE).is_file():
+        raise InputError(f"{run_dir}: no {artifacts.RECIPE} in it, so it is not a run directory")
+    recipe_text = (run_dir / artifacts.RECIPE).read_text(encoding="utf-8")
+    recipe = yaml.safe_load(recipe_text)
+    stages = [_stage(run_dir / name, name, settings) for name, settings in recipe["stages"].items()]
+    summary = _json_or_none(run_dir / artifacts.SUMMARY)
+    page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
+    html = page.render(
+        name=recipe["name"],
+        recipe=recipe,
+        recipe_text=recipe_text,
+        summary=summary,
+        outdated=summary is not None and _outdated(summary, stages),
+        headlines=_headlines(recipe, summary) if summary else [],
+        stages=stages,
+        samples=[] if summary and summary.get("examples") else _last_samples(run_dir, stages),
+        environment=_json_or_none(run_dir / artifacts.ENVIRONMENT),
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    path = run_dir / artifacts.REPORT
+    artifacts.write_atomically(path, html)
+    return path
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(figure=figure, duration=duration, shortened=_shortened, spoken=_spoken, plain=_plain)
+    return environment
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def _stage(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the page says of one stage; `state` in words."""
+    manifest = artifacts.read_manifest(folder)
+    metrics = folder / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    if manifest is not None:
+        state = "finished"
+    elif lines:
+        state = f"not finished; at step {lines[-1]['step']}"
+    else:
+        state = "not run yet"
+    drawn = charts(lines)
+    return {
+        "name": name,
+        "kind": settings["kind"],
+        "state": state,
+        "manifest": manifest,
+        "manifest_hash": artifacts.manifest_hash(folder) if manifest is not None else None,
+        "headline": [chart for chart in drawn if chart.name in HEADLINE],
+        "more": [chart for chart in drawn if chart.name not in HEADLINE],
+    }
+
+
+def _json_or_none(path: Path) -> Any:
+    return artifacts.read_json(path) if path.is_file() else None
+
+
+def _outdated(summary: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a stage was run again after the summary was measured."""
+    measured = summary.get("made_from", {}).get("stages")
+    return measured is not None and measured != {stage["name"]: stage["manifest_hash"] for stage in stages}
+
+
+def _last_samples(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Three samples of the last step of the last stage that has any: what there is to see before the evaluation."""
+    for stage in reversed(stages):
+        path = run_dir / stage["name"] / "samples.jsonl"
+        if path.is_file() and (lines := read_metrics(path)):
+            return [line for line in lines if line["step"] == lines[-1]["step"]][:3]
+    return []
+
+
+def _headlines(recipe: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The few figures that decide whether to believe the run: (what, figure, note)."""
+    found = []
+    reward = summary.get("reward") or {}
+    if "accuracy" in reward:
+        note = f"95 % interval {_interval(reward['accuracy_ci'])}" if "accuracy_ci" in reward else ""
+        if reward.get("best_reachable") is not None:
+            note += f"; best reachable {figure(reward['best_reachable'])}"
+        found.append(("reward model, held-out accuracy", figure(reward["accuracy"]), note))
+    for pair, rate in summary["win_rate"].items():
+        after, before = pair.split("/")
+        note = f"95 % interval {_interval(rate['ci'])}; at equal length {figure(rate['length_matched'])}"
+        found.append((f"win rate of {after} over {before}", figure(rate["rate"]), note))
+        new, old = summary["systems"][after], summary["systems"][before]
+        name = "gold" if "gold" in new and "gold" in old else "score"
+        rise = new[name] - old[name]
+        if name == "gold" and old.get("gold_std"):
+            found.append(
+                (
+                    f"gold score, {after} − {before}",
+                    f"{rise / old['gold_std']:+.2f}",
+                    f"standard deviations of {before}",
+                )
+            )
+        else:
+            found.append(
+                (f"{name}, {after} − {before}", f"{rise:+.2f}", "by the reward model that was trained against")
+            )
+        budget = recipe["stages"][after].get("kl_budget")
+        note = "nats per completion" + (f"; budget {figure(budget)}" if budget is not None else "")
+        found.append((f"KL of {after}", figure(new["kl"]), note))
+    return found
+
+
+# ---------------------------------------------------------------- curves
+
+
+def charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """A chart for every metric with at least two numbers, those of the headline first, else as in the file."""
+    names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
+    names.sort(key=lambda name: HEADLINE.index(name) if name in HEADLINE else len(HEADLINE))
+    series = ((name, [(line["step"], line[name]) for line in lines if name in line]) for name in names)
+    return [_chart(name, points) for name, points in series if sum(y is not None for _, y in points) > 1]
+
+
+def _chart(name: str, points: list[tuple[int, float | None]]) -> Chart:
+    numbers = [y for _, y in points if y is not None]
+    first_step, last_step = points[0][0], points[-1][0]
+    thinned = list(_thinned(points))
+    drawn = [y for _, y in thinned if y is not None]
+    low, high = min(drawn), max(drawn)
+    span = high - low or 1.0
+
+    def place_x(step: float) -> float:
+        return MARGIN + (WIDTH - 2 * MARGIN) * (step - first_step) / max(1, last_step - first_step)
+
+    def place_y(y: float) -> float:
+        return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (y - low) / span if high > low else HEIGHT / 2
+
+    pieces: list[list[str]] = [[]]
+    for step, y in thinned:
+        if y is None:
+            pieces.append([])  # a gap where the number was not finite
+        else:
+            pieces[-1].append(f"{place_x(step):.1f},{place_y(y):.1f}")
+    return Chart(
+        name=name,
+        # a single point between gaps gets a line of no length, which round ends make visible
+        paths=tuple("M" + "L".join(piece if len(piece) > 1 else piece * 2) for piece in pieces if piece),
+        first_step=first_step,
+        last_step=last_step,
+        lowest=min(numbers),
+        highest=max(numbers),
+        last=numbers[-1],
+        zero=place_y(0.0) if low < 0 < high else None,
+    )
+
+
+def _thinned(points: Sequence[tuple[int, float | None]]) -> Iterator[tuple[float, float | None]]:
+    """At most `POINTS` points: means of equally many neighbours, None where they hold no number."""
+    size = math.ceil(len(points) / POINTS)
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        numbers = [y for _, y in group if y is not None]
+        yield sum(step for step, _ in group) / len(group), sum(numbers) / len(numbers) if numbers else None
+
+
+# ---------------------------------------------------------------- words and numbers
+
+
+def figure(value: Any) -> str:
+    """A number as a reader wants it: three significant digits, thousands set apart, a dash for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{figure(ends[0])} to {figure(ends[1])}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= TEXT else f"{text[:TEXT]} … ({len(text) - TEXT:,} more characters)"
+
+
+def _spoken(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt as text: as it is, or one chat message a paragraph."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _plain(value: Any) -> str:
+    """A setting as YAML has it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
