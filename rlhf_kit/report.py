@@ -69,7 +69,9 @@ def write_report(run_dir: Path) -> Path:
 
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(figure=figure, duration=duration, shortened=_shortened, spoken=_spoken, plain=_plain)
+    environment.filters.update(
+        figure=figure, fixed=_fixed, duration=duration, shortened=_shortened, spoken=_spoken, plain=_plain
+    )
     return environment
 
 
@@ -215,6 +217,11 @@ def figure(value: Any) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}".replace("-", "−")
     return f"{value:.3g}".replace("-", "−")
+
+
+def _fixed(value: float | None, decimals: int = 2) -> str:
+    """A number for a column in which the decimal points stand below each other."""
+    return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")
 
 
 def _interval(ends: Sequence[float]) -> str:
