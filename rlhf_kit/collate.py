@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jinja2 import TemplateError
@@ -140,7 +140,7 @@ class TextFormat:
         ]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _render(self, messages: Sequence[dict[str, str]]) -> str:
         try:
@@ -202,7 +202,6 @@ def load_text_format(base: recipe.Base) -> TextFormat:
         notes.append("chat template: the tokenizer has none; chat prompts become plain Human:/Assistant: text")
     end, why = _end_token(tokenizer, base.model, origin)
     notes.append(f"end token: {end!r}, {why}")
-    end_id = tokenizer.convert_tokens_to_ids(end)
     pad, why = _pad_token(tokenizer, end)
     notes.append(f"padding token: {pad!r}, {why}")
     tokenizer.pad_token = pad
@@ -210,7 +209,7 @@ def load_text_format(base: recipe.Base) -> TextFormat:
     start_ids = _start_ids(tokenizer)
     start = tokenizer.convert_ids_to_tokens(list(start_ids))
     notes.append(f"text prompts start with {''.join(start)!r}" if start else "text prompts start without a BOS token")
-    return TextFormat(tokenizer, tokenizer.convert_tokens_to_ids(pad), end_id, start_ids, origin, tuple(notes))
+    return TextFormat(tokenizer, _id(tokenizer, pad), _id(tokenizer, end), start_ids, origin, tuple(notes))
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, name: str, origin: str) -> tuple[str, str]:
@@ -254,7 +253,7 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, end: str) -> tuple[str, str]:
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the special tokens' texts in the order of their ids."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    named = {token: _id(tokenizer, token) for token in tokenizer.all_special_tokens}
     return sorted(named | added, key=(named | added).__getitem__)
 
 
@@ -265,8 +264,15 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(dressed[: next(at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare)])
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], **settings: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **settings))
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool
+) -> str:
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+    return str(text)
+
+
+def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
 
 
 def _content(backend: Any) -> str:

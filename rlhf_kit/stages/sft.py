@@ -1,0 +1,132 @@
+"""Supervised finetuning through trl's `SFTTrainer`; the loss is the mean over a batch's completion tokens, in nats.
+
+Rows reach the trainer as tokens with labels (collate.py), so trl prepares, packs and cuts nothing. Order of rows,
+optimizer and checkpoints are ours (training.py), and so is the folder that the stage leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_kit import distributed
+from rlhf_kit.collate import IGNORED, right_pad, tokenise_demonstrations
+from rlhf_kit.generation import derived_seed
+from rlhf_kit.metrics import MetricLog, progress
+from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
+from rlhf_kit.recipe import SFTStage
+from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.training import Training, Watched, batches_of_like_length, evaluating, without_dropout
+
+
+def run(job: Job) -> Outcome:
+    """Tune an adapter on demonstrations or texts; `adapter/` is the result."""
+    settings, base = job.settings, job.recipe.base
+    assert isinstance(settings, SFTStage)
+    examples = job.examples[settings.data]
+    limit = settings.max_length or context_length(base)
+    rows = tokenise_demonstrations(examples.train, job.text_format, limit, settings.truncate)
+    heldout = None
+    if examples.heldout:
+        heldout = tokenise_demonstrations(examples.heldout, job.text_format, limit, settings.truncate)
+
+    causal = load_base(base, job.text_format, job.accelerator)
+    without_dropout(causal)
+    model = add_adapter(
+        causal,
+        job.recipe.adapter,
+        "CAUSAL_LM",
+        init=job.input_folder(settings.init) / "adapter" if settings.init else None,
+        seed=derived_seed(job.recipe.seed, job.name, "adapter"),
+        base=base,
+    )
+    log = MetricLog(job.folder / "metrics.jsonl", enabled=job.accelerator.is_main_process, accelerator=job.accelerator)
+    training = Training(
+        model,
+        rows.rows,
+        settings,
+        name=job.name,
+        seed=job.recipe.seed,
+        folder=job.folder,
+        accelerator=job.accelerator,
+        stop=lambda: job.stop.requested,
+        log=log,
+    )
+    collate = collator(job.text_format.pad_id)
+    trainer = Trainer(
+        model=model,
+        args=training.arguments(SFTConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        data_collator=collate,
+        train_dataset=training.dataset(),
+        processing_class=job.text_format.tokenizer,
+    )
+    training.attach(trainer)
+
+    def loss_on_heldout() -> float:
+        assert heldout is not None
+        return heldout_loss(job, model, heldout.rows, collate)
+
+    if heldout and not training.first:
+        training.carried["sft/heldout_loss_before"] = loss_on_heldout()
+        log.log(0, {"sft/heldout_loss": training.carried["sft/heldout_loss_before"]})
+    training.run()
+    metrics = dict(training.carried)
+    if heldout:
+        metrics["sft/heldout_loss"] = loss_on_heldout()
+        log.log(training.steps, {"sft/heldout_loss": metrics["sft/heldout_loss"]})
+    if job.accelerator.is_main_process:
+        save_adapter(model, job.folder / "adapter", base)
+    return Outcome(
+        metrics=metrics,
+        data={
+            "train": {
+                "card": examples.card.name,
+                "rows": len(rows.rows),
+                "content_hash": examples.content_hash,
+                "read": examples.counts,
+                "tokenised": rows.counts,
+            },
+            "heldout": {"rows": len(heldout.rows), "tokenised": heldout.counts} if heldout else {"rows": 0},
+        },
+        extra={"steps": training.steps, "tokens": training.tokens("input_ids")},
+    )
+
+
+class Trainer(Watched, SFTTrainer):
+    """trl's, watched."""
+
+
+Batch = dict[str, Tensor]
+
+
+def collator(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+    """Return what makes a batch of rows: `input_ids`, `attention_mask` and `labels`, each [B, T], right-padded."""
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
+        ids, mask = right_pad([row["input_ids"] for row in rows], pad_id)
+        labels, _ = right_pad([row["labels"] for row in rows], IGNORED)
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+    return collate
+
+
+def heldout_loss(
+    job: Job, model: PeftModel, rows: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[Any]], Batch]
+) -> float:
+    """Return the mean loss over all completion tokens of the rows, in nats, each row read once by some process."""
+    accelerator = job.accelerator
+    batches = batches_of_like_length([len(row["input_ids"]) for row in rows], job.settings.microbatch)
+    mine = [batches[index] for index in range(accelerator.process_index, len(batches), accelerator.num_processes)]
+    sums = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model):
+        for batch in progress(mine, desc=f"{job.name}: held-out loss"):
+            inputs = {name: tensor.to(model.device) for name, tensor in collate([rows[row] for row in batch]).items()}
+            output = model(**inputs, fused_lm_head=True)  # trl's: log-probabilities without the logits [B, T, V]
+            sums -= torch.tensor([output.log_probs.double().sum().item(), -output.label_mask.sum().item()])
+    loss, tokens = distributed.total(sums.to(accelerator.device), accelerator).tolist()
+    return loss / tokens

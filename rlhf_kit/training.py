@@ -1,0 +1,337 @@
+"""What SFT and reward training share: trl's trainers, with our own order of rows, optimizer, guard and checkpoints.
+
+The rows of step k are the same in any number of processes and in any size of microbatch: row k * batch_size and those
+after it in an endless sequence of shuffled passes over the data. No step has a smaller batch. Dropout is seeded by the
+step, so a checkpoint needs no generator state, and the stock trainer's own checkpoints, which a crash can leave
+unusable, are not used at all. Trainable parameters are float32, whatever the base is in; the base's own dropout is off,
+as it is in PPO.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rlhf_kit import checkpoints, distributed
+from rlhf_kit.errors import InputError, Interrupted
+from rlhf_kit.generation import derived_seed
+from rlhf_kit.maths.schedules import learning_rate_factor
+from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
+from rlhf_kit.recipe import RewardStage, SFTStage
+
+MINUTES_BETWEEN_CHECKPOINTS = 10.0
+
+
+def without_dropout(base: nn.Module) -> None:
+    """Turn a base model's own dropout off; an adapter added afterwards keeps the recipe's."""
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def optimizer_steps(rows: int, settings: SFTStage | RewardStage) -> int:
+    """Return the steps of a stage: as many as see every row `epochs` times, unless the recipe says `max_steps`."""
+    return settings.max_steps or math.ceil(settings.epochs * rows / settings.batch_size)
+
+
+def row_order(rows: int, first: int, last: int, *seed: object) -> list[int]:
+    """Return rows `first` to `last` (exclusive) of an endless sequence of shuffled passes over `rows` rows."""
+    order: list[int] = []
+    for lap in range(first // rows, -(-last // rows)):
+        generator = torch.Generator().manual_seed(derived_seed(*seed, "rows", lap))
+        order += torch.randperm(rows, generator=generator).tolist()
+    start = first // rows * rows
+    return order[first - start : last - start]
+
+
+def microbatch_size(settings: SFTStage | RewardStage, name: str, processes: int) -> int:
+    """Return the rows of one forward pass: the recipe's microbatch, or the process's whole share of a batch if smaller.
+
+    Raises: InputError when they do not divide the batch.
+    """
+    share, left = divmod(settings.batch_size, processes)
+    size = min(settings.microbatch, max(share, 1))
+    if left or share % size:
+        raise InputError(
+            f"stages.{name}.batch_size: {settings.batch_size} rows do not divide into microbatches of "
+            f"{settings.microbatch} on {processes} process{'es' if processes > 1 else ''}; use a multiple of "
+            f"{settings.microbatch * processes}, or a smaller microbatch."
+        )
+    return size
+
+
+class Training:
+    """The state of one training: the parameters and their optimizer, and how far it is."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        rows: Sequence[Mapping[str, Any]],
+        settings: SFTStage | RewardStage,
+        *,
+        name: str,
+        seed: int,
+        folder: Path,
+        accelerator: Accelerator,
+        stop: Callable[[], bool],
+        log: MetricLog,
+    ) -> None:
+        """Find out where to start. `name` and `folder` are the stage's; `stop` tells whether the run was asked to."""
+        self.model, self.rows, self.settings = model, rows, settings
+        self.name, self.seed, self.folder = name, (seed, name), folder
+        self.accelerator, self.stop, self.log = accelerator, stop, log
+        self.microbatch = microbatch_size(settings, name, accelerator.num_processes)
+        self.steps = optimizer_steps(len(rows), settings)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.carried: dict[str, Any] = {}
+        """Figures that a checkpoint takes along."""
+        self._values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._found = checkpoints.latest(folder / "checkpoints", say)
+        self.first = self._found.step if self._found else 0
+        log.truncate_after(self.first if self._found else -1)
+
+    def tokens(self, *columns: str) -> int:
+        """Return how many tokens of these columns the whole training sees."""
+        order = row_order(len(self.rows), 0, self.steps * self.settings.batch_size, *self.seed)
+        lengths = [sum(len(row[column]) for column in columns) for row in self.rows]
+        return sum(lengths[index] for index in order)
+
+    def dataset(self) -> Dataset:
+        """Return the rows that are still to be trained on, in their order."""
+        size = self.settings.batch_size
+        columns = {column: [row[column] for row in self.rows] for column in self.rows[0]}
+        order = row_order(len(self.rows), self.first * size, self.steps * size, *self.seed)
+        return Dataset.from_dict(columns).select(order, keep_in_memory=True)
+
+    def arguments(self, kind: type[TrainingArguments], **more: Any) -> TrainingArguments:
+        """Return trl's configuration for this training; what it would decide for itself is decided here."""
+        processes, device = self.accelerator.num_processes, self.accelerator.device
+        arguments = kind(
+            output_dir=str(self.folder / "checkpoints"),
+            save_strategy="no",
+            max_steps=self.steps - self.first,
+            per_device_train_batch_size=self.microbatch,
+            gradient_accumulation_steps=self.settings.batch_size // (self.microbatch * processes),
+            train_sampling_strategy="sequential",
+            max_grad_norm=self.settings.max_grad_norm,
+            seed=derived_seed(*self.seed) % 2**32,
+            data_seed=derived_seed(*self.seed) % 2**32,
+            bf16=False,
+            fp16=False,
+            use_cpu=device.type == "cpu",
+            gradient_checkpointing=device.type == "cuda",
+            average_tokens_across_devices=True,
+            ddp_find_unused_parameters=False,
+            dataloader_pin_memory=device.type == "cuda",
+            accelerator_config={"use_configured_state": True},
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            report_to="none",
+            **more,
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # else a lone process takes all GPUs it sees with nn.DataParallel
+        return arguments
+
+    def attach(self, trainer: Watched, figures: Callable[[], dict[str, float]] = dict) -> None:
+        """Take over the trainer's parameters, optimizer, schedule and reports.
+
+        figures: called once a step in every process; what it returns joins the step's metrics.
+        """
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.data = self._values[name]  # trl has cast those of quantised models to bfloat16
+        self._values = {}
+        settings = self.settings
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        if self._found:
+            self._load(self._found)
+        warmup = math.ceil(settings.warmup_fraction * self.steps)
+        trainer.optimizer = self.optimizer
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(settings.schedule, self.first + step, self.steps, warmup)
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout
+        trainer.add_callback(_Reporter(self, figures))
+        trainer.watch = self.check_loss
+        self.trainer = trainer
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: the run was asked to stop; a checkpoint is saved.
+            FloatingPointError: a loss or gradient is not finite.
+        """
+        if self.first:
+            say(f"{self.name}: going on after step {self.first} of {self.steps}")
+        self.model.train()
+        with progress(total=self.steps, desc=self.name) as self.bar:
+            self.bar.update(self.first)
+            self.saved_at = self.step_began = time.monotonic()
+            self.trainer.train()
+        self.model.eval()
+        done = self.first + self.trainer.state.global_step
+        if done < self.steps:
+            self.save(done)
+            raise Interrupted(f"{self.name}: stopped after step {done} of {self.steps}")
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` steps, from the main process; the others wait."""
+        if self.accelerator.is_main_process:
+            tensors: dict[str, Tensor] = {}
+            for name, parameter in self.parameters.items():
+                moments = self.optimizer.state[parameter]
+                tensors[f"parameter/{name}"] = parameter
+                tensors |= {f"{moment}/{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            checkpoint = checkpoints.Checkpoint(done, tensors, {"carried": self.carried})
+            checkpoints.save(self.folder / "checkpoints", checkpoint, keep_all=False)
+        self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+
+    def _load(self, found: checkpoints.Checkpoint) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(found.tensors[f"parameter/{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(found.step)),
+                    "exp_avg": found.tensors[f"exp_avg/{name}"].to(parameter),
+                    "exp_avg_sq": found.tensors[f"exp_avg_sq/{name}"].to(parameter),
+                }
+        self.carried = found.state["carried"]
+
+    def check_loss(self, step: int, loss: Tensor) -> None:
+        """Raise FloatingPointError when the loss is not finite, naming the parameters that are not, if any."""
+        if torch.isfinite(loss).all():
+            return
+        broken = [name for name, p in self.parameters.items() if not torch.isfinite(p).all()]
+        cause = f"because of {_listed(broken)}" if broken else "with finite trainable parameters"
+        raise FloatingPointError(
+            f"{self.name}: the loss of step {self.first + step} is {float(loss)} {cause}; try a smaller learning_rate"
+            ", or dtype: float32 or bfloat16 in place of float16"
+        )
+
+    def check_gradients(self, step: int) -> None:
+        """Raise FloatingPointError when a gradient is not finite, naming it."""
+        # NaN and inf survive a sum; looking at each element of each gradient would cost more
+        sums = torch.stack([p.grad.sum() for p in self.parameters.values() if p.grad is not None])
+        if not torch.isfinite(sums).all():
+            found = [n for n, p in self.parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            raise FloatingPointError(
+                f"{self.name}: step {self.first + step}: the gradient of {_listed(found)} is not finite; try a smaller "
+                "learning_rate, or dtype: float32 or bfloat16 in place of float16"
+            )
+
+
+class Watched(Trainer):
+    """What both trainers do on top of trl's: show the loss of every microbatch to a guard, and report to nobody."""
+
+    watch: Callable[[int, Tensor], None]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.watch(self.state.global_step + 1, loss)
+        return loss
+
+    def _send_telemetry(self) -> None:
+        """Nothing; trl tells the Hub of every start of a trainer."""
+
+
+class _Reporter(TrainerCallback):
+    """Logs each step, checks its gradients, saves now and then, and stops when asked."""
+
+    def __init__(self, training: Training, figures: Callable[[], dict[str, float]]) -> None:
+        self.training = training
+        self.figures = figures
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        training = self.training
+        training.step_began = time.monotonic()
+        step = training.first + state.global_step
+        torch.manual_seed(derived_seed(*training.seed, "dropout", step, training.accelerator.process_index))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.training.check_gradients(state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return  # the summary at the end of training
+        training, settings = self.training, self.training.settings
+        done = training.first + state.global_step
+        training.log.log(
+            done,
+            {
+                f"{settings.kind}/loss": logs["loss"],
+                **self.figures(),
+                f"{settings.kind}/gradient_norm": float(logs["grad_norm"]),
+                f"{settings.kind}/learning_rate": logs["learning_rate"],
+                f"{settings.kind}/epoch": done * settings.batch_size / len(training.rows),
+                "time/step_s": time.monotonic() - training.step_began,
+                "memory/peak_bytes": peak_bytes(),
+            },
+        )
+        training.bar.update(1)
+        if done == training.steps:
+            return
+        if distributed.agree(training.stop(), training.accelerator):
+            control.should_training_stop = True
+            return
+        minutes = (time.monotonic() - training.saved_at) / 60
+        if distributed.agree(minutes > MINUTES_BETWEEN_CHECKPOINTS, training.accelerator):
+            training.save(done)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+# ---------------------------------------------------------------- measuring on held-out rows
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode and without gradients."""
+    before = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(before)
+
+
+def batches_of_like_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return the rows in batches of at most `size`, longest first, so that little of a batch is padding."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [order[start : start + size] for start in range(0, len(order), size)]
