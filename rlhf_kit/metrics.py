@@ -128,11 +128,10 @@ class PlainProgress:
     A loop shorter than that says nothing. It has of tqdm what we use: iteration, `update`, `with`, `close`.
     """
 
-    def __init__(self, iterable: Iterable[Any] | None, total: int | None, desc: str, enabled: bool):
+    def __init__(self, iterable: Iterable[Any] | None, total: int | None, desc: str):
         self.iterable = iterable
         self.total = total
         self.desc = desc
-        self.enabled = enabled
         self.done = 0
         self._started = self._spoke = time.monotonic()
         self._tenths = 0
@@ -147,7 +146,7 @@ class PlainProgress:
         """Count `n` more as done."""
         self.done += n
         now = time.monotonic()
-        if not self.enabled or now - self._spoke < SECONDS_BETWEEN_PLAIN_LINES:
+        if now - self._spoke < SECONDS_BETWEEN_PLAIN_LINES:
             return
         if not self.total:
             self._spoke = now
@@ -178,7 +177,7 @@ def progress(iterable: Iterable[Any] | None = None, total: int | None = None, de
         total = len(iterable)
     if is_main_process() and sys.stderr.isatty():
         return tqdm(iterable, total=total, desc=desc, file=sys.stderr, leave=False, dynamic_ncols=True)
-    return PlainProgress(iterable, total, desc, enabled=is_main_process())
+    return PlainProgress(iterable, total, desc)
 
 
 def peak_bytes() -> int:

@@ -171,13 +171,14 @@ def _chart(name: str, points: list[tuple[int, float | None]]) -> Chart:
     thinned = list(_thinned(points))
     drawn = [y for _, y in thinned if y is not None]
     low, high = min(drawn), max(drawn)
-    span = high - low or 1.0
 
     def place_x(step: float) -> float:
         return MARGIN + (WIDTH - 2 * MARGIN) * (step - first_step) / max(1, last_step - first_step)
 
     def place_y(y: float) -> float:
-        return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (y - low) / span if high > low else HEIGHT / 2
+        if high == low:
+            return HEIGHT / 2
+        return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (y - low) / (high - low)
 
     pieces: list[list[str]] = [[]]
     for step, y in thinned:

@@ -207,6 +207,7 @@ def test_tensorboard_gets_what_the_log_gets(path, tmp_path):
         events = event_accumulator.EventAccumulator(str(folder / "quickstart"))
         events.Reload()
         assert [(e.step, e.value) for e in events.Scalars(f"{stage}/loss")] == [(1, 2.0), (2, 1.5)]
+        assert "bad" not in events.Tags()["scalars"]
     assert accelerator.trackers == []
 
 
