@@ -165,10 +165,8 @@ def _refused(text: str) -> Iterator[tuple[int, str]]:
         elif isinstance(event, yaml.NodeEvent) and event.anchor:
             yield line, f"&{event.anchor} is an anchor, which is not used here; remove it, or quote the value"
         elif tag not in (None, "!"):
-            yield (
-                line,
-                f"{tag.replace('tag:yaml.org,2002:', '!!')} is a tag, which is not used here; remove it, or quote the value",
-            )
+            short = tag.replace("tag:yaml.org,2002:", "!!")
+            yield line, f"{short} is a tag, which is not used here; remove it, or quote the value"
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:

@@ -7,18 +7,32 @@ user must decide has no default. Nothing here imports torch.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml, write_yaml
+from rlhf_kit.settings import (
+    HUB_ID,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Settings,
+    Text,
+    TextOrTexts,
+    explain,
+    find_path,
+    matching,
+    not_found,
+    read_text,
+    written_wrongly,
+)
 
 __all__ = [
     "Adapter",
@@ -37,39 +51,18 @@ __all__ = [
     "written_recipe",
 ]
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-MAX_BYTES = 1_000_000
-"""A recipe is a page long; something larger is another file."""
 
 # ---------------------------------------------------------------- the fields
 
 
-class Settings(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def _text_or_texts(value: Any) -> Any:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise PydanticCustomError("text_or_texts", "must be text or a list of texts")
-    return value
-
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["cosine", "linear", "constant"]
 Truncate = Literal["error", "drop", "left_prompt"]
-Function = Annotated[str, Field(pattern=f"^{FUNCTION.pattern}$")]
-Text = Annotated[str, Field(min_length=1)]
+Function = Annotated[str, matching(FUNCTION, "a function, written package.module:function")]
 
 
 class Base(Settings):
@@ -95,7 +88,7 @@ class Adapter(Settings):
     alpha: Positive = 32.0
     """Updates are scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[str | list[str], BeforeValidator(_text_or_texts)] = "all-linear"
+    target_modules: TextOrTexts = "all-linear"
     """all-linear, a list of module names, or one regular expression."""
 
 
@@ -232,7 +225,7 @@ class Evaluation(Settings):
 class Publish(Settings):
     """Where `push` takes the run."""
 
-    repo: Annotated[str, Field(pattern=f"^{HUB_ID.pattern}$")]
+    repo: Annotated[str, matching(HUB_ID, "owner/name on the Hub")]
     private: bool = True
 
 
@@ -247,7 +240,7 @@ class _Origin:
 class Recipe(Settings):
     """A whole run. Paths in it open from the working directory."""
 
-    name: Annotated[str, Field(pattern=NAME)]
+    name: Annotated[str, matching(NAME, "letters, digits, '.', '_', '-', the first a letter or digit; 96 at most")]
     """The run directory is runs/<name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data_root: Text | None = None
@@ -258,7 +251,7 @@ class Recipe(Settings):
     """In the order in which they run; a stage may name only earlier ones."""
     evaluation: Evaluation = Evaluation()
     publish: Publish | None = None
-    trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
+    trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[])
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
@@ -332,7 +325,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _load(path: Path, overrides: Sequence[str], look: bool) -> Recipe:
-    marked = read_yaml(read_text(path, "recipe"), str(path))
+    marked = read_yaml(read_text(path, "recipe", (".yaml", ".yml")), str(path))
     if marked.value is None and not overrides:
         raise InputError(f"{path}: is empty; a recipe has name, base and stages")
     if marked.value is not None and not (isinstance(marked.value, dict) and marked.value.keys() & Recipe.model_fields):
@@ -350,37 +343,6 @@ def _load(path: Path, overrides: Sequence[str], look: bool) -> Recipe:
     recipe = Recipe.model_validate(data)
     recipe._origin = _Origin(path, marked)
     return recipe
-
-
-def read_text(path: Path, what: str) -> str:
-    """Return the text of a small file that the user named.
-
-    Raises:
-        InputError: there is none, it is a folder, too large, or not UTF-8.
-    """
-    try:
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; name the {what} file in it{_files_in(path)}")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise InputError(f"{path}: {size:,} bytes is more than the {MAX_BYTES:,} a {what} may have; wrong file?")
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        near = did_you_mean(path.name, _names(path.parent)) if path.parent.is_dir() else "; nor is there such a folder"
-        raise InputError(f"{path}: there is no such {what}{near}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8 text; is this a {what}?") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the {what}: {error.strerror}") from None
-
-
-def _names(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml", ".md")]
-
-
-def _files_in(folder: Path) -> str:
-    names = sorted(_names(folder))
-    return f": {', '.join(names[:8])}" if names else ""
 
 
 def _override(marked: MarkedYaml, override: str) -> Iterator[str]:
@@ -488,10 +450,20 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
             loc = error["loc"]
             if len(loc) > 2 and loc[0] == "stages":
                 loc = (*loc[:2], *loc[3:])  # pydantic puts the stage's kind behind its name
-            settings = _settings_at(loc[:-1], data)
-            if error["type"] == "missing" and _written_wrongly(str(loc[-1]), loc[:-1], data, settings):
-                continue  # the message about the unknown key says it
-            yield loc, explain(error, loc, marked, settings)
+            key, settings = str(loc[-1]), _settings_at(loc[:-1], data)
+            match error["type"]:
+                case "extra_forbidden":
+                    yield loc, f"unknown key{_home(key, loc, settings)}"
+                case "missing":
+                    if not written_wrongly(key, _at(loc[:-1], data), settings.model_fields if settings else ()):
+                        yield loc, f"missing, and has no default: {NEEDED[key]}"
+                case "union_tag_not_found":
+                    yield loc, f"kind is missing, and has no default: {NEEDED['kind']}"
+                case "union_tag_invalid":
+                    at = (*loc, "kind")
+                    yield at, f"must be sft, reward or ppo; seen {marked.seen(at)}"
+                case _:
+                    yield loc, explain(error, loc, marked)
     stages = data.get("stages")
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         if not STAGE_NAME.fullmatch(name) or name == "base":
@@ -517,11 +489,10 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
             )
 
 
-def _written_wrongly(key: str, path: KeyPath, data: Any, settings: type[BaseModel] | None) -> bool:
+def _at(path: KeyPath, data: Any) -> Any:
     for step in path:
         data = data[step]
-    fields = settings.model_fields if settings else {}
-    return any(near == f"; did you mean {key}?" for near in (_near(k, fields) for k in data if k not in fields))
+    return data
 
 
 def _is_count(value: Any) -> bool:
@@ -543,89 +514,16 @@ def _settings_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
     return None
 
 
-def explain(error: ErrorDetails, path: KeyPath, marked: MarkedYaml, settings: type[BaseModel] | None) -> str:
-    """Return what one of pydantic's errors means to the person who wrote the file: expected, seen, what would work."""
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key{_unknown(str(path[-1]), path, settings)}"
-    if kind == "missing" or kind == "union_tag_not_found":
-        key = "kind" if kind == "union_tag_not_found" else str(path[-1])
-        what = "missing" if kind == "missing" else "kind is missing"
-        return f"{what}, and has no default{': ' + NEEDED[key] if key in NEEDED else ''}"
-    seen = marked.seen(path) if kind != "union_tag_invalid" else marked.seen((*path, "kind"))
-    if kind == "union_tag_invalid":
-        return f"kind must be one of sft, reward, ppo; seen {seen}{_near(str(context['tag']), STAGE_KINDS)}"
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        one_of = f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else choices[0]
-        return f"must be {one_of}; seen {seen}{_near(str(error['input']), choices)}"
-    nullish = isinstance(error["input"], str) and error["input"].lower() in ("none", "nil", "n/a", "off", "no")
-    expected = _expected(kind, context)
-    if expected is None:
-        return f"{error['msg']}; seen {seen}"
-    hint = ""
-    if kind == "string_type" and isinstance(error["input"], int | float):
-        hint = f'; in quotes it is text: "{marked.texts.get(path, error["input"])}"'
-    elif kind == "bool_type" and str(error["input"]).lower() in ("yes", "no", "on", "off", "0", "1"):
-        hint = "; write true" if str(error["input"]).lower() in ("yes", "on", "1") else "; write false"
-    elif kind in ("int_type", "float_type") and isinstance(error["input"], str):
-        try:
-            float(error["input"])
-            hint = "; write it without quotes"
-        except ValueError:
-            hint = "; for none at all write null" if nullish else ""
-    elif kind == "int_type" and isinstance(error["input"], float) and error["input"].is_integer():
-        hint = f"; write {int(error['input'])}"
-    return f"must be {expected}; seen {seen}{hint}"
-
-
-def _expected(kind: str, context: Mapping[str, Any]) -> str | None:
-    words = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "finite_number": "a finite number",
-        "bool_type": "true or false",
-        "string_type": "text",
-        "string_too_short": "text that is not empty",
-        "list_type": "a list",
-        "dict_type": "a mapping",
-        "model_type": "a mapping",
-        "model_attributes_type": "a mapping",
-        "text_or_texts": "text or a list of texts, none empty",
-        "too_short": "given: at least one",
-    }
-    limits = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    comparison = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
-    if kind in limits:
-        return f"{comparison[limits[kind]]} {context[limits[kind]]:g}"
-    if kind == "string_pattern_mismatch":
-        return {
-            NAME: "letters, digits, '.', '_' and '-', beginning with a letter or digit, 96 at most",
-            f"^{FUNCTION.pattern}$": "a function, written package.module:function",
-            f"^{HUB_ID.pattern}$": "owner/name on the Hub",
-        }[context["pattern"]]
-    return words.get(kind)
-
-
-def _near(word: str, known: Any) -> str:
-    hint = did_you_mean(word, known)
-    return hint if hint.startswith("; did") else ""
-
-
-def _unknown(key: str, path: KeyPath, settings: type[BaseModel] | None) -> str:
-    here = settings.model_fields if settings else {}
-    if key in FROM_ELSEWHERE:
-        ours = FROM_ELSEWHERE[key]
-        if "." in ours or settings is None or re.match(r"\w+", ours).group() in here:  # type: ignore[union-attr]
-            return f"; here it is {ours}"
-    near = _near(key, here)
+def _home(key: str, path: KeyPath, settings: type[BaseModel] | None) -> str:
+    """Return where an unknown key belongs or what it is called here, as the end of a message."""
+    fields = settings.model_fields if settings else {}
+    ours = FROM_ELSEWHERE.get(key)
+    if ours and ("." in ours or "name" in ours or re.findall(r"\w+", ours)[0] in fields):
+        return f"; here it is {ours}"
     homes = [f"{place}.{key}" for place, home in HOMES.items() if key in home.model_fields]
     if key in Recipe.model_fields and len(path) > 1:
-        homes.insert(0, f"{key}, beside base and stages")
-    if homes:
-        return f"; it belongs to {' or '.join(homes[:3])}"
-    return near or did_you_mean(key, here)
+        homes.insert(0, f"the top level, as {key}")
+    return f"; it belongs to {' or '.join(homes[:3])}" if homes else did_you_mean(key, fields)
 
 
 # ---------------------------------------------------------------- stages that name stages
@@ -700,60 +598,24 @@ def _file(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: b
     written = settings.get(key)
     if not isinstance(written, str) or not written:
         return
-    found = find_path(written, folder)
-    if found is None or found.is_dir() != (what == "folder"):
-        if look:
-            yield at, f"there is no {what} {written}{_not_found(written, folder, found)}"
-        return
-    settings[key] = str(found)
+    found = find_path(written, [folder, Path()])
+    if found is not None and found.is_dir() == (what == "folder"):
+        settings[key] = str(found)
+    elif look and found is not None:
+        yield at, f"{found} is a {'folder' if found.is_dir() else 'file'}, not a {what}"
+    elif look:
+        yield at, f"there is no {what} {written}{not_found(written, [folder, Path()])}"
 
 
 def _model(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: bool) -> Iterator[Problem]:
     written = settings.get(key)
     if not isinstance(written, str) or not written:
         return
-    found = find_path(written, folder)
+    found = find_path(written, [folder, Path()])
     if found is not None and found.is_dir():
         settings[key] = str(found)
     elif found is not None:
         yield at, f"{written} is a file; name the checkpoint's folder"
     elif look and not HUB_ID.fullmatch(written):
         hub = "" if re.match(r"[./~]", written) else ", and a Hub id looks like owner/name"
-        yield at, f"there is no model folder {written}{_not_found(written, folder, None)}{hub}"
-
-
-def find_path(written: str, folder: Path) -> Path | None:
-    """Return the path that a recipe or card in `folder` means by `written`, or None if nothing is there.
-
-    Looked for beside the file, then in the working directory. Relative to the working directory when inside it.
-    """
-    path = Path(written).expanduser()
-    for place in (folder, Path()):
-        candidate = place / path
-        try:
-            exists = candidate.exists()
-        except (OSError, ValueError):  # too long a name, a NUL character
-            exists = False
-        if exists:
-            absolute = Path(os.path.abspath(candidate))
-            here = Path.cwd()
-            return absolute.relative_to(here) if absolute.is_relative_to(here) and absolute != here else absolute
-    return None
-
-
-def _not_found(written: str, folder: Path, found: Path | None) -> str:
-    """Return where it was looked for, and the nearest name that is there."""
-    if found is not None:
-        return f"; {found} is a {'folder' if found.is_dir() else 'file'}"
-    if "$" in written:
-        return "; environment variables are not filled in, use --set"
-    places = [folder] if Path(written).expanduser().is_absolute() else list(dict.fromkeys([folder, Path()]))
-    for place in places:
-        wanted = place / Path(written).expanduser()
-        if wanted.parent.is_dir() and wanted.name:
-            near = _near(wanted.name, [entry.name for entry in wanted.parent.iterdir()])
-            if near:
-                return f"{near.removesuffix('?')} in {wanted.parent}?"
-    if Path(written).expanduser().is_absolute():
-        return ""
-    return f" (looked in {' and in '.join('the working directory' if p == Path() else str(p) for p in places)})"
+        yield at, f"there is no model folder {written}{not_found(written, [folder, Path()])}{hub}"
