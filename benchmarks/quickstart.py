@@ -53,7 +53,8 @@ def main() -> int:
     for seed in (7,) if chosen.quick else (7, 8, 9):
         with tempfile.TemporaryDirectory() as folder:
             settings = [*chosen.set, f"seed={seed}"]
-            summary = run(ROOT / "recipes" / "quickstart.yaml", Path(folder) / "run", settings, log=Path(folder) / "log")
+            recipe, out = ROOT / "recipes" / "quickstart.yaml", Path(folder) / "run"
+            summary = run(recipe, out, settings, log=Path(folder) / "log")
         rows.append({"seed": seed, **figures(summary)})
         print_table(rows)
     reached = {

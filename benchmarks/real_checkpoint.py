@@ -17,7 +17,7 @@ from measure import ROOT, arguments, print_table, run, write
 
 sys.path.insert(0, str(ROOT))
 
-from tests.real_input.happy_stories import write_data  # noqa: E402  (needs the root on the path)
+from tests.real_input.happy_stories import write_data
 
 
 def main() -> None:

@@ -152,7 +152,7 @@ def _answers(
         scorer = add_reward_role(shared, "reward model", folder / last.reward / "adapter")
     else:
         scorer = external_scorer(last.reward, shared.device)
-    gold = load_function(settings.gold) if settings.gold is not None else None
+    gold = settings.gold and (settings.gold, load_function(settings.gold))
 
     def answers(role: str) -> System:
         texts: list[str] = []
@@ -190,7 +190,7 @@ def _answers(
             scores += ((raw - mean) / std).tolist()
             divergence += kl.kl_k1(*logprobs).sum(1).tolist()
             lengths += completions.completion_mask.sum(1).tolist()
-        judged = None if gold is None else call_function(gold, settings.gold, prompts, texts)
+        judged = call_function(gold[1], gold[0], prompts, texts) if gold else None
         return System(texts, scores, judged, divergence, lengths)
 
     with torch.no_grad():

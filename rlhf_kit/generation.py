@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_kit.batches import Completions, PromptBatch
 from rlhf_kit.maths.logprobs import sample_inverse_cdf
+from rlhf_kit.metrics import progress
 from rlhf_kit.models import SharedBase
 
 
@@ -56,7 +57,7 @@ def generate(
     running = torch.arange(count, device=device)
     mask, step_ids, cache = prompts.prompt_mask.to(device), prompts.prompt_ids.to(device), None
     with shared.using(role):
-        for step in range(limit):
+        for step in progress(range(limit), desc="  generating, tokens"):
             positions = {name: tensor[:, -step_ids.shape[1] :] for name, tensor in shared.positions(mask).items()}
             output = shared.trunk(
                 input_ids=step_ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions

@@ -131,7 +131,7 @@ def _steady_4bit_on_cpu(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (nn.Module declares no such name)
 
 
 # ---------------------------------------------------------------- the reward model's shape

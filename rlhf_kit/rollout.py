@@ -19,8 +19,8 @@ from rlhf_kit.models import SharedBase
 LOGIT_BYTES = 64 * 2**20
 """Upper bound of the float32 logits that are held at a time; sets the chunk length."""
 
-ValueFunction = Callable[[Rollout, Tensor | None], Tensor]
-"""(rollout, the policy's completion states [B, C, H] or None) -> values [B, C], 0 on padding."""
+ValueFunction = Callable[[Rollout, Tensor], Tensor]
+"""(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""
 
 
 def microbatches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -78,7 +78,7 @@ def scored_by_models(
     value: ValueFunction,
     temperature: float,
     microbatch: int,
-    passes: Callable[[Iterable[list[int]]], Iterable[list[int]]] = lambda pieces: pieces,
+    passes: Callable[[list[list[int]]], Iterable[list[int]]] = iter,
 ) -> dict[str, Tensor]:
     """Return `policy_logprobs`, `reference_logprobs` and `values`, each [B, C], computed a microbatch at a time.
 
@@ -86,7 +86,7 @@ def scored_by_models(
     """
     count = len(rollout.scores)
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
-    for rows in passes(microbatches(range(count), microbatch)):
+    for rows in passes(list(microbatches(range(count), microbatch))):
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
         states = completion_states(shared, policy, piece)
         fill(result["policy_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))

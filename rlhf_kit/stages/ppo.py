@@ -27,6 +27,7 @@ from rlhf_kit.errors import InputError, Interrupted
 from rlhf_kit.examples import prompts_of
 from rlhf_kit.generation import derived_seed, generate, uniforms
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
+from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
 from rlhf_kit.models import SharedBase, context_length, load_base
 from rlhf_kit.recipe import PPOStage, RewardStage
@@ -168,7 +169,7 @@ class PPO:
     def _unit_of_reference(self) -> tuple[float, float]:
         """Return mean and standard deviation of the scores of one batch of the reference policy's completions."""
         rows = self._prompt_rows(0)
-        rollout, written = self._sample(REFERENCE, rows, "score unit")
+        _, written = self._sample(REFERENCE, rows, "score unit")
         scores = distributed.gather_rows(self._raw_scores(written).tolist(), self.accelerator)
         unit = torch.tensor(scores, dtype=torch.float64)
         if not float(unit.std(correction=0)) > 0:
@@ -264,7 +265,7 @@ class PPO:
         if not (stop or by_time or by_count):
             return
         if self.accelerator.is_main_process:
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for name, parameter in self.parameters.items():
                 moments = self.optimizer.state[parameter]
                 tensors[f"parameter/{name}"] = parameter
@@ -337,6 +338,7 @@ class PPO:
             value=self.value,
             temperature=self.settings.temperature,
             microbatch=self.settings.microbatch,
+            passes=lambda pieces: progress(pieces, desc="  scoring, microbatches"),
         )
 
     @torch.no_grad()
@@ -383,11 +385,13 @@ class PPO:
         """
         started = time.monotonic()
         settings, size = self.settings, self.settings.batch_size
+        factor = learning_rate_factor(settings.schedule, update, settings.updates, settings.warmup_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(settings, update)
+            group["lr"] = group["initial_lr"] * factor
         lengths = distributed.gather_rows(rollout.completion_mask.sum(1).tolist(), self.accelerator)
         sums = torch.zeros(5, dtype=torch.float64, device=self.shared.device)
         gradient_norms, first_ratio_error = [], 0.0
+        bar = progress(total=settings.epochs * len(self.rows), desc="  learning, completions")
         for epoch in range(settings.epochs):
             generator = torch.Generator().manual_seed(derived_seed(*self.seed, "minibatches", update, epoch))
             order = torch.randperm(size, generator=generator).tolist()
@@ -396,15 +400,22 @@ class PPO:
                 mine = [row - self.rows.start for row in minibatch if row in self.rows]
                 for piece in microbatches(mine, settings.microbatch):
                     index = torch.tensor(piece, device=self.shared.device)
-                    loss, statistics_, ratio_error = self._losses(rollout.rows(index), index, targets, tokens)
+                    loss, figures, ratio_error = self._losses(rollout.rows(index), index, targets, tokens)
                     loss.backward()
-                    sums += statistics_
+                    sums += figures
+                    bar.update(len(piece))
                     if epoch == number == 0:
                         first_ratio_error = max(first_ratio_error, ratio_error)
                 gradient_norms.append(self._step(update))
+        bar.close()
         means = (distributed.total(sums, self.accelerator) / (settings.epochs * settings.minibatches)).tolist()
+        policy_loss, value_loss, clip_fraction, value_clip_fraction, approx_kl = means
         return Learned(
-            *means,
+            policy_loss,
+            value_loss,
+            clip_fraction,
+            value_clip_fraction,
+            approx_kl,
             gradient_norm=math.fsum(gradient_norms) / len(gradient_norms),
             first_ratio_error=distributed.maximum(first_ratio_error, self.accelerator),
             learning_rate=self.optimizer.param_groups[0]["lr"],
@@ -412,7 +423,7 @@ class PPO:
         )
 
     def _losses(self, rollout: Rollout, index: Tensor, targets: Targets, tokens: int) -> tuple[Tensor, Tensor, float]:
-        """Return the microbatch's part of the minibatch's loss, of its statistics [5], and its largest |ratio - 1|."""
+        """Return the microbatch's part of the minibatch's loss and of its figures [5], and its largest |ratio - 1|."""
         settings, mask = self.settings, rollout.completion_mask
         columns = mask.shape[1]
         advantage, returns = targets.advantages[index, :columns], targets.returns[index, :columns]
@@ -429,8 +440,8 @@ class PPO:
             moved = ppo.approx_kl(logprobs, rollout.policy_logprobs)
             parts = [masking.masked_mean(x.float(), mask, tokens) for x in (clipped, value_clipped, moved)]
             ratio_error = float((torch.exp(logprobs - rollout.policy_logprobs) - 1).abs().max())
-        statistics_ = torch.stack([policy_loss.detach(), value_loss.detach(), *parts]).double()
-        return policy_loss + settings.value_coef * value_loss, statistics_, ratio_error
+        figures = torch.stack([policy_loss.detach(), value_loss.detach(), *parts]).double()
+        return policy_loss + settings.value_coef * value_loss, figures, ratio_error
 
     def _step(self, update: int) -> float:
         """Take one optimizer step with the gradients of all processes; return their norm before clipping."""
@@ -516,14 +527,6 @@ class PPO:
             for row in range(min(SAMPLES, len(written.texts)))
         ]
         checkpoints.append_lines(self.job.folder / "samples.jsonl", samples)
-
-
-def schedule(settings: PPOStage, update: int) -> float:
-    """Return the factor of the learning rate in an update (from 0): linear warm-up, then the recipe's schedule to 0."""
-    warmup = min(1.0, (update + 1) / max(1, settings.warmup_updates))
-    rest = max(0, update - settings.warmup_updates) / max(1, settings.updates - settings.warmup_updates)
-    decay = {"constant": 1.0, "linear": 1 - rest, "cosine": 0.5 * (1 + math.cos(math.pi * rest))}[settings.schedule]
-    return warmup * decay
 
 
 def value_function(shared: SharedBase, kind: str) -> ValueFunction:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -49,7 +52,6 @@ def test_two_processes_do_the_work_of_one(tmp_path, quantization):
         order_alone = distance(reference, adapter(halves, stage))
         size = max(float(tensor.abs().max()) for tensor in reference.values())
         assert distance(reference, adapter(two, stage)) <= 10 * order_alone + 1e-6 * size, stage
-    assert (one / "ppo" / "samples.jsonl").read_text().count("\n") == (two / "ppo" / "samples.jsonl").read_text().count("\n")
     for number in (0, 1, 2):  # what is sampled is the same, so the first update's figures are
         assert metrics(one, "ppo")[number]["rollout/length"] == metrics(two, "ppo")[number]["rollout/length"]
     torch.testing.assert_close(
@@ -59,10 +61,6 @@ def test_two_processes_do_the_work_of_one(tmp_path, quantization):
 
 def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process; the run says so and how to get two."""
-    import os
-    import subprocess
-    import sys
-
     recipe = chain.write_chain(tmp_path)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     result = subprocess.run(
