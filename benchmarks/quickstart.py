@@ -1,7 +1,7 @@
 """The quickstart over several seeds: does every one of them reach what the project promises, and at what cost?
 
-    python benchmarks/quickstart.py            three seeds
-    python benchmarks/quickstart.py --quick    one seed
+python benchmarks/quickstart.py            three seeds
+python benchmarks/quickstart.py --quick    one seed
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ def main() -> None:
                     f"stages.ppo.kl_coef={kl_coef}",
                     *chosen.set,
                 ]
-                summary = run(
-                    ROOT / "tests" / "real_input" / "happy_stories.yaml", out, settings, log=folder / "log"
-                )
+                summary = run(ROOT / "tests" / "real_input" / "happy_stories.yaml", out, settings, log=folder / "log")
                 sft, ppo = summary["systems"]["sft"], summary["systems"]["ppo"]
                 gain = (ppo["gold"] - sft["gold"]) / sft["gold_std"]
                 rows.append(

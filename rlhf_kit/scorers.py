@@ -138,9 +138,7 @@ class FunctionScorer:
         self.device = device
 
     def __call__(self, written: Written) -> Tensor:
-        return torch.tensor(
-            call_function(self.function, self.name, written.prompts, written.texts), device=self.device
-        )
+        return torch.tensor(call_function(self.function, self.name, written.prompts, written.texts), device=self.device)
 
 
 def external_scorer(name: str, device: torch.device) -> Scorer:

@@ -192,7 +192,7 @@ def test_ppo_learns_what_is_rewarded(tmp_path, quantization):
 
 
 def test_score_settings_do_what_they_say(tmp_path):
-    """The penalty is taken from completions without an end, whitening scales scores to unit variance, the clip holds."""
+    """Scores are held within the clip; the penalty is then taken from completions without an end token."""
     trainer = ppo.PPO(make_job(tmp_path, score_clip=0.1, missing_eos_penalty=3.0, kl_coef=0.0, gamma=1.0, lam=1.0))
     rollout, _ = trainer.roll_out(0)
     assert rollout.scores.abs().max() <= 0.1

@@ -8,10 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_kit import models
-from rlhf_kit.collate import left_pad
+from rlhf_kit.collate import left_pad, load_text_format
 from rlhf_kit.errors import InputError
 from rlhf_kit.generation import uniforms
 from rlhf_kit.maths.logprobs import sample_inverse_cdf
@@ -67,8 +68,9 @@ def test_a_roles_loss_reaches_that_roles_parameters_only(world):
     shared.heads["value"](completion_states(shared, "value", rollout)).sum().backward()
     assert all(parameter.grad is not None for parameter in everything.values())
     assert all(
-        parameter.grad is None for name, parameter in shared.peft.named_parameters() if ".policy." not in name and
-        ".value." not in name
+        parameter.grad is None
+        for name, parameter in shared.peft.named_parameters()
+        if ".policy." not in name and ".value." not in name
     )
 
 
@@ -169,7 +171,7 @@ def test_4bit_gradients_survive_a_pass_without_gradients(tmp_path, width):
     """Gradients after generation equal those before it, also for widths that 64 does not divide."""
     tiny.make_checkpoint(tmp_path / "model", hidden_size=width, intermediate_size=2 * width)
     shared, text_format = roles.shared_base(tmp_path, "4bit")
-    prompts = left_pad([text_format.prompt_ids("Where?") + [10, 11, 12]], text_format.pad_id)
+    prompts = left_pad([[*text_format.prompt_ids("Where?"), 10, 11, 12]], text_format.pad_id)
 
     def gradients():
         hidden = shared.hidden("policy", prompts.prompt_ids, prompts.prompt_mask)
@@ -188,7 +190,7 @@ def test_4bit_gradients_survive_a_pass_without_gradients(tmp_path, width):
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     """An adapter made on other weights gets a message that names both, not wrong text."""
-    shared, text_format = roles.shared_base(tmp_path)
+    _, text_format = roles.shared_base(tmp_path)
     tiny.make_checkpoint(tmp_path / "other", seed=5)
     base = roles.base_settings(tmp_path / "other", "none")
     other = models.SharedBase(models.load_base(base, text_format, Accelerator(cpu=True)), base)
@@ -201,8 +203,6 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
     roles.shared_base(tmp_path)
     tiny.make_checkpoint(tmp_path / "wide", hidden_size=96)
     base = roles.base_settings(tmp_path / "wide", "none")
-    from rlhf_kit.collate import load_text_format
-
     model = models.load_base(base, load_text_format(base), Accelerator(cpu=True))
     models._content_hash.cache_clear()
     with pytest.raises(InputError, match="another base"):
@@ -211,14 +211,10 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
 
 def test_missing_weights_are_refused(tmp_path):
     """A checkpoint that lacks a weight is refused instead of starting with random numbers there."""
-    from safetensors.torch import load_file, save_file
-
     folder = tiny.make_checkpoint(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     base = roles.base_settings(folder, "none")
-    from rlhf_kit.collate import load_text_format
-
     with pytest.raises(InputError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
         models.load_base(base, load_text_format(base), Accelerator(cpu=True))

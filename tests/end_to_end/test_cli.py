@@ -1,0 +1,218 @@
+"""The command line as a user meets it: what it prints where, with which exit code, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhf_kit
+from rlhf_kit import artifacts
+from rlhf_kit.errors import InputError
+from rlhf_kit.models import read_adapter
+from tests.end_to_end import chain
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "pandas")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a fresh interpreter."""
+    environment = {**os.environ, "PYTHONPATH": str(chain.ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+
+
+class TestHelp:
+    @pytest.mark.parametrize("verb", [(), ("run",), ("check",), ("report",)])
+    def test_every_verb_explains_itself(self, verb):
+        """--help prints to stdout and ends well."""
+        result = chain.run(*verb, "--help")
+        assert result.returncode == 0 and "Usage: rlhf-kit" in result.stdout and result.stderr == ""
+
+    @pytest.mark.parametrize("arguments", [("run",), ("run", "x.yaml", "--tempo"), ("train", "x.yaml")])
+    def test_wrong_arguments_end_with_2(self, arguments):
+        """A missing or unknown argument or verb is wrong input, without a traceback."""
+        result = chain.run(*arguments)
+        assert result.returncode == 2 and result.stdout == ""
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments", [["--help"], ["run", "--help"], ["check", str(chain.ROOT / "recipes" / "quickstart.yaml")]]
+    )
+    def test_what_must_be_quick_imports_nothing_heavy(self, arguments):
+        """--help and check answer at once because torch and its like stay out."""
+        result = python(
+            "import sys\nfrom rlhf_kit.__main__ import main\n"
+            f"sys.argv = ['rlhf-kit', *{arguments!r}]\n"
+            "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+            f"found = [name for name in {HEAVY!r} if name in sys.modules]\nassert not found, found\n"
+        )
+        assert result.returncode == 0, result.stderr
+
+
+class TestWrongInput:
+    def test_all_problems_come_in_one_message(self, tmp_path):
+        """Exit code 2, every problem with its place on stderr, no traceback, nothing on stdout, nothing written."""
+        recipe = chain.write_chain(tmp_path / "in")
+        out = tmp_path / "out"
+        settings = ["--set", "stages.ppo.kl_coeff=0.1", "--set", "seed=no"]
+        for verb, more in (("run", ["--out", str(out)]), ("check", [])):
+            result = chain.run(verb, str(recipe), *settings, *more)
+            assert result.returncode == 2 and result.stdout == "", verb
+            assert "did you mean kl_coef" in result.stderr and "seed" in result.stderr, verb
+            assert "Traceback" not in result.stderr, verb
+        assert not out.exists()
+
+    def test_a_report_of_no_run(self, tmp_path):
+        """A folder that is no run directory is named."""
+        result = chain.run("report", str(tmp_path))
+        assert result.returncode == 2 and str(tmp_path) in result.stderr and "Traceback" not in result.stderr
+
+    def test_a_bug_ends_with_1_and_its_traceback(self):
+        """What is not the user's fault is not dressed up as if it were."""
+        result = python(
+            "import sys, rlhf_kit.check\nfrom rlhf_kit.__main__ import main\n"
+            "rlhf_kit.check.check_recipe = lambda recipe: 1 / 0\n"
+            f"sys.argv = ['rlhf-kit', 'check', {str(chain.ROOT / 'recipes' / 'quickstart.yaml')!r}]\nmain()\n"
+        )
+        assert result.returncode == 1 and "ZeroDivisionError" in result.stderr and "Traceback" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A recipe that has been run, its run directory, and the finished process."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = chain.write_chain(folder, base={"quantization": "8bit"})
+    return recipe, folder / "out", chain.run_chain(recipe, folder / "out")
+
+
+class TestRun:
+    def test_it_ends_with_a_table_on_stdout(self, finished):
+        """Results go to stdout: accuracy, every system, the win rate, where things lie. Progress goes to stderr."""
+        _, out, result = finished
+        for expected in (
+            "held-out accuracy",
+            "base",
+            "sft",
+            "ppo",
+            "KL (nats)",
+            "95 % interval",
+            str(out / "report.html"),
+        ):
+            assert expected in result.stdout.replace("\n", ""), expected
+        assert "step" not in result.stdout
+        assert re.search(r"^rlhf_kit \S+: 1 process on \S+, torch", result.stderr.splitlines()[0])
+        assert "ppo step 3" in result.stderr
+        assert "\r" not in result.stderr and "Warning" not in result.stderr
+
+    def test_it_leaves_the_files_of_the_contract(self, finished):
+        """Each stage has a standard adapter, metrics, samples where it samples, and a manifest that holds."""
+        _, out, _ = finished
+        assert {path.name for path in out.iterdir()} >= {
+            *("recipe.resolved.yaml", "environment.json", "summary.json", "report.html", "sft", "reward", "ppo")
+        }
+        for stage in ("sft", "reward", "ppo"):
+            manifest = artifacts.read_manifest(out / stage)
+            assert manifest is not None and artifacts.changed_files(out / stage, manifest) == []
+            assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.jsonl"} <= set(
+                manifest["files"]
+            )
+            steps = [json.loads(line)["step"] for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+            assert steps == sorted(set(steps))
+            assert not (out / stage / "checkpoints").exists()
+        assert (out / "ppo" / "samples.jsonl").is_file()
+        summary = json.loads((out / "summary.json").read_text())
+        assert {"reward", "systems", "win_rate", "cost"} <= set(summary)
+        assert set(summary["systems"]) == {"base", "sft", "ppo"} and set(summary["win_rate"]) == {"ppo/sft"}
+        assert set(summary["cost"]) == {"sft", "reward", "ppo"}
+
+    def test_a_second_run_does_nothing(self, finished):
+        """It says that nothing has changed and shows the same table."""
+        recipe, out, first = finished
+        result = chain.run_chain(recipe, out)
+        assert result.stderr.count("finished already, nothing has changed; skipped") == 3
+        assert result.stdout == first.stdout
+
+    def test_the_report_is_written_again_on_request(self, finished):
+        """`report` prints where the page is."""
+        _, out, _ = finished
+        result = chain.run("report", str(out))
+        assert result.returncode == 0 and result.stdout.strip() == str(out / "report.html")
+
+
+class TestLoad:
+    def test_a_policy_generates(self, finished):
+        """The PPO stage's model writes text with transformers' own generate; without its adapter it writes another."""
+        _, out, _ = finished
+        model, tokenizer = rlhf_kit.load(out, "ppo")
+        prompt = tokenizer("May I see a map?", return_tensors="pt")
+        ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+        text = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text.startswith(" Yes")
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+    def test_a_reward_model_scores(self, finished):
+        """The reward stage's model gives the stored probe the scores of its manifest."""
+        _, out, _ = finished
+        model, _ = rlhf_kit.load(out, "reward")
+        for probe in json.loads((out / "reward" / "manifest.json").read_text())["probe"]:
+            ids = torch.tensor([probe["ids"]])
+            score = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
+            assert score == pytest.approx(probe["score"], abs=1e-3)
+
+    def test_what_is_not_there_is_named(self, finished, tmp_path):
+        """An unknown stage gets a suggestion; a folder that is no run is named."""
+        _, out, _ = finished
+        with pytest.raises(InputError, match="has no stage pppo; did you mean ppo"):
+            rlhf_kit.load(out, "pppo")
+        with pytest.raises(InputError, match=r"recipe\.resolved\.yaml"):
+            rlhf_kit.load(tmp_path, "ppo")
+
+
+def start(recipe: Path, out: Path, log: Path, *settings: str) -> subprocess.Popen[str]:
+    """Start a run whose stderr goes to `log`."""
+    command = [sys.executable, "-m", "rlhf_kit", "run", str(recipe), "--out", str(out), *settings]
+    environment = {**os.environ, "PYTHONPATH": str(chain.ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, cwd=chain.ROOT, env=environment
+    )
+
+
+def wait_for(log: Path, text: str, process: subprocess.Popen[str]) -> None:
+    """Wait until `text` is in the log of a process that is still running."""
+    for _ in range(600):
+        if text in log.read_text():
+            return
+        assert process.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.1)
+    raise AssertionError(f"{text!r} did not come within a minute")
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_stopped_and_run_again(tmp_path, stage):
+    """SIGTERM ends with 75 and the command to go on; that command goes on and ends where an undisturbed run ends."""
+    recipe = chain.write_chain(tmp_path)
+    log = tmp_path / "log"
+    process = start(recipe, tmp_path / "out", log, "--fresh")
+    wait_for(log, f"{stage} step 1", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75, log.read_text()[-2000:]
+    again = f"rlhf-kit run {recipe} --out {tmp_path / 'out'}"
+    assert log.read_text().splitlines()[-1].strip() == again
+    assert "Traceback" not in log.read_text()
+    assert not (tmp_path / "out" / stage / "manifest.json").exists()
+
+    result = chain.run_chain(recipe, tmp_path / "out")
+    assert f"{stage}: was interrupted; going on from its checkpoint" in result.stderr
+    chain.run_chain(recipe, tmp_path / "undisturbed")
+    for name in ("sft", "reward", "ppo"):
+        resumed, undisturbed = (read_adapter(tmp_path / out / name / "adapter")[0] for out in ("out", "undisturbed"))
+        assert resumed.keys() == undisturbed.keys()
+        assert all(torch.equal(resumed[key], undisturbed[key]) for key in resumed), name
