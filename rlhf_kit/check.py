@@ -1,0 +1,465 @@
+"""Everything that can be found wrong before a model is loaded, all at once; and the plan with every derived size.
+
+`rlhf-kit check` prints it, `run` does it first. It reads the recipe's cards, their rows, and of the base the
+configuration, the tokenizer and the headers of its weights. It imports no torch, transformers or datasets; Hub datasets
+are read by `run` only, which fetches them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_kit.data_cards import DataCard, HubSource, load_card
+from rlhf_kit.errors import InputError
+from rlhf_kit.examples import Demonstration, Examples, Preference, Prompt, PromptRow, Text, load_examples, prompts_of
+from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+WITH_PROMPTS = ("prompts", "demonstrations", "preferences")
+MEASURED = 64
+"""Of the rows whose characters say that they fit, so many are tokenised to say how long the longest is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that was checked, with what was read for it."""
+
+    recipe: Recipe
+    examples: dict[str, Examples]
+    """By the card's path as in the recipe; without the Hub's if these were not fetched."""
+    lines: list[str]
+    """For a person to read."""
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Return the resolved plan, line by line, without fetching anything from the Hub.
+
+    Raises:
+        InputError: everything that is wrong with base, cards and data.
+    """
+    return _plan(recipe, fetch=False).lines
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Return the plan with the rows of every card.
+
+    Raises:
+        InputError: everything that is wrong with base, cards and data.
+    """
+    return _plan(recipe, fetch=True)
+
+
+def _plan(recipe: Recipe, fetch: bool) -> Plan:
+    problems: list[str] = []
+    base = _base(recipe, problems)
+    cards: dict[str, DataCard] = {}
+    examples: dict[str, Examples] = {}
+    for path, uses in card_uses(recipe).items():
+        try:
+            card = cards[path] = load_card(path, recipe.data_root)
+            for use, kinds in uses.items():
+                if card.kind not in kinds:
+                    problems.append(
+                        f"{recipe.where(use)}: needs a card of {' or '.join(kinds)}; {path} has {card.kind}"
+                    )
+            if fetch or not is_on_hub(card):
+                examples[path] = load_examples(card)
+        except InputError as error:
+            problems += error.problems
+    problems += _heldout_problems(recipe, examples)
+    problems += _function_problems(recipe)
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, PPOStage) and recipe.reward_source(name) == "model" and Path(stage.reward).is_dir():
+            folder_problems = BaseFolder(Path(stage.reward)).problems()
+            problems += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in folder_problems]
+    if base is not None and not problems:
+        problems += _length_problems(recipe, base, examples)
+    if problems:
+        raise InputError(problems)
+    return Plan(recipe, examples, _lines(recipe, base, cards, examples))
+
+
+def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return the cards of a recipe: path -> {"stages.sft.data": the kinds of card that will do there}."""
+    uses: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, stage in recipe.stages.items():
+        named: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+        if isinstance(stage, SFTStage):
+            named["data"] = stage.data, ("demonstrations", "text")
+        elif isinstance(stage, RewardStage):
+            named["data"] = stage.data, ("preferences",)
+            named["normalize_on"] = stage.normalize_on, ("demonstrations",)
+        else:
+            named["prompts"] = stage.prompts, WITH_PROMPTS
+        for key, (path, kinds) in named.items():
+            if path is not None:
+                uses.setdefault(path, {})[f"stages.{name}.{key}"] = kinds
+    if recipe.evaluation.prompts is not None:
+        uses.setdefault(recipe.evaluation.prompts, {})["evaluation.prompts"] = WITH_PROMPTS
+    return uses
+
+
+def is_on_hub(card: DataCard) -> bool:
+    """Return whether reading the card's rows may fetch them."""
+    return isinstance(card.sources, HubSource)
+
+
+def evaluation_card(recipe: Recipe) -> str | None:
+    """Return the card whose held-out prompts the closing table is measured on; None without a ppo stage."""
+    last = [stage.prompts for stage in recipe.stages.values() if isinstance(stage, PPOStage)][-1:]
+    return (recipe.evaluation.prompts or last[0]) if last else None
+
+
+def _heldout_problems(recipe: Recipe, examples: Mapping[str, Examples]) -> Iterable[str]:
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, RewardStage) and stage.data in examples and not examples[stage.data].heldout:
+            yield (
+                f"{recipe.where(f'stages.{name}.data')}: {stage.data} holds no pairs out to measure the accuracy on; "
+                + ("write heldout: 0.1 in the card")
+            )
+    card = evaluation_card(recipe)
+    if card is not None and card in examples and not examples[card].heldout:
+        yield f"{card}: holds no prompts out to measure the policies on; write heldout: 0.1 in it, or name another " + (
+            "card in evaluation.prompts"
+        )
+
+
+def _function_problems(recipe: Recipe) -> Iterable[str]:
+    functions = {} if recipe.evaluation.gold is None else {"evaluation.gold": recipe.evaluation.gold}
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, PPOStage) and recipe.reward_source(name) == "function":
+            functions[f"stages.{name}.reward"] = stage.reward
+    for use, function in functions.items():
+        package = function.partition(":")[0].partition(".")[0]
+        here = [Path(package).with_suffix(".py"), Path(package)]
+        if importlib.util.find_spec(package) is None and not any(path.exists() for path in here):
+            yield f"{recipe.where(use)}: there is no module {package}; run where it can be imported, or install it"
+
+
+# ---------------------------------------------------------------- the base
+
+
+@dataclass
+class BaseFolder:
+    """A checkpoint in a local folder, looked at without loading it."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """Return what keeps the folder from being loaded: no configuration, pickles, files cut off, no tokenizer."""
+        found: list[str] = []
+        names = {entry.name for entry in self.folder.iterdir()}
+        if "config.json" in names:
+            try:
+                self.config = _json(self.folder / "config.json")
+            except InputError as error:
+                found += error.problems
+        elif "adapter_config.json" in names:
+            found.append(f"{self.folder} is an adapter and not a model; name the model that it belongs to")
+        else:
+            found.append(f"{self.folder} has no config.json, so it is no checkpoint of transformers{_inside(names)}")
+        if "config.json" in names:
+            found += self._weight_problems(names)
+        if self.config.get("is_encoder_decoder"):
+            found.append(
+                f"{self.folder}: {self.config.get('model_type')} is an encoder-decoder; use a decoder-only model"
+            )
+        if "config.json" in names and not names & TOKENIZERS:
+            found.append(f"{self.folder} has no tokenizer ({', '.join(sorted(TOKENIZERS))}); copy it from the original")
+        return found
+
+    def _weight_problems(self, names: set[str]) -> Iterable[str]:
+        index = "model.safetensors.index.json"
+        if "model.safetensors" in names:
+            shards = ["model.safetensors"]
+        elif index in names:
+            try:
+                shards = sorted(set(_json(self.folder / index)["weight_map"].values()))
+            except (InputError, KeyError, TypeError, AttributeError):
+                yield f"{self.folder / index} is not an index of weights; get it again"
+                return
+        else:
+            pickles = sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            yield (
+                f"{self.folder} has pickled weights only ({', '.join(pickles)}), which can run any code when they are "
+                "read; convert them to model.safetensors, or use a revision that has it"
+                if pickles
+                else f"{self.folder} has no model.safetensors{_inside(names)}"
+            )
+            return
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                yield f"{self.folder / index} names {shard!r}, which is no file of the folder; get it again"
+            elif shard not in names:
+                yield f"{self.folder} has no {shard}, which {index} names; get it again"
+            else:
+                try:
+                    safetensors_header(self.folder / shard)
+                except InputError as error:
+                    yield from error.problems
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        headers = [safetensors_header(path) for path in sorted(self.folder.glob("model*.safetensors"))]
+        return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads at most, where its configuration says so."""
+        context = self.config.get("max_position_embeddings", self.config.get("n_positions"))
+        return context if isinstance(context, int) else None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The fast tokenizer without its special tokens, or None if there is only a slow one."""
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise InputError(f"{path} is not a tokenizer: {error}; get it again") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model"}
+"""Files of which a folder with a tokenizer has at least one."""
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Return the tensors of a weights file, by name: {"dtype", "shape", "data_offsets"}.
+
+    Raises:
+        InputError: the file is cut off, or something else.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start.startswith(b"version "):
+            raise InputError(f"{path} is a git-lfs pointer and not the weights; get them with git lfs pull")
+        try:
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise ValueError
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} is not a safetensors file; get it again") from None
+    if size != end:
+        raise InputError(f"{path} has {size:,} bytes and should have {end:,}: it is cut off; get it again")
+    return header
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}; get it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold an object; get it again")
+    return content
+
+
+def _inside(names: Iterable[str]) -> str:
+    return f" (in it: {', '.join(sorted(names)[:6])})" if names else " (it is empty)"
+
+
+def _base(recipe: Recipe, problems: list[str]) -> BaseFolder | None:
+    """Return the base if it is a folder that can be looked into; say what is wrong with it."""
+    if not recipe.is_local_base:
+        return None
+    base = BaseFolder(Path(recipe.base.model))
+    found = [f"{recipe.where('base.model')}: {problem}" for problem in base.problems()]
+    if not found:
+        try:
+            _ = base.tokenizer
+        except InputError as error:
+            found = [f"{recipe.where('base.model')}: {problem}" for problem in error.problems]
+    problems += found
+    return None if found else base
+
+
+# ---------------------------------------------------------------- lengths
+
+
+def _texts(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+
+
+def _row_texts(row: Any) -> list[str]:
+    """Return what of a row must fit into the context together."""
+    match row:
+        case Text(text=text):
+            return [text]
+        case PromptRow(prompt=prompt):
+            return [_texts(prompt)]
+        case Demonstration(prompt=prompt, completion=completion):
+            return [_texts(prompt) + completion]
+        case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
+            return [_texts(prompt) + chosen, _texts(prompt) + rejected]
+    raise TypeError(type(row))
+
+
+def longest(rows: Sequence[Any], tokenizer: Tokenizer, room: int | None) -> tuple[int, list[tuple[str, int]]]:
+    """Return the tokens of the longest row, and "file:line" and tokens of the rows longer than `room`.
+
+    Lower bounds: without chat template, beginning and end tokens. No token is shorter than a byte, so most rows need
+    not be tokenised to be seen to fit.
+    """
+    by_size = sorted(((len(text.encode()), row.where, text) for row in rows for text in _row_texts(row)), reverse=True)
+    measured = [item for place, item in enumerate(by_size) if place < MEASURED or (room is not None and item[0] > room)]
+    encoded = tokenizer.encode_batch([text for _, _, text in measured], add_special_tokens=False)
+    lengths = [(where, len(tokens)) for (_, where, _), tokens in zip(measured, encoded, strict=True)]
+    over = {where: length for where, length in sorted(lengths, key=lambda item: item[1]) if room and length > room}
+    return max((length for _, length in lengths), default=0), list(over.items())
+
+
+def _length_problems(recipe: Recipe, base: BaseFolder, examples: Mapping[str, Examples]) -> Iterable[str]:
+    context = base.context
+    for name, stage in recipe.stages.items():
+        at = recipe.where(f"stages.{name}")
+        if isinstance(stage, PPOStage):
+            if context is not None and stage.max_new_tokens >= context:
+                yield (
+                    f"{at}.max_new_tokens: {stage.max_new_tokens} tokens leave no room for a prompt in the base's "
+                    f"context of {context}"
+                )
+                continue
+            room = None if context is None else context - stage.max_new_tokens
+            card, said = (
+                stage.prompts,
+                f"the {room} tokens that max_new_tokens {stage.max_new_tokens} leaves of the context",
+            )
+        else:
+            if context is not None and stage.max_length is not None and stage.max_length > context:
+                yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
+                continue
+            room = stage.max_length or context
+            card, said = stage.data, f"{'max_length' if stage.max_length else 'the context'}, {room} tokens"
+        if stage.truncate != "error" or room is None or base.tokenizer is None or card not in examples:
+            continue
+        read = prompts_of(examples[card]) if isinstance(stage, PPOStage) else examples[card]
+        rows = [*read.train, *read.heldout]
+        most, over = longest(rows, base.tokenizer, room)
+        if over:
+            where = over[-1][0]
+            yield (
+                f"{at}: {len(over):,} of {len(rows):,} rows of {card} are longer than {said}; the longest has at least "
+                f"{most} ({where}). Write truncate: left_prompt to cut prompts from the left, truncate: drop to leave "
+                f"such rows out, or {'a smaller max_new_tokens' if isinstance(stage, PPOStage) else 'shorten them'}"
+            )
+
+
+# ---------------------------------------------------------------- the plan, to be read
+
+
+def _lines(
+    recipe: Recipe, base: BaseFolder | None, cards: Mapping[str, DataCard], examples: Mapping[str, Examples]
+) -> list[str]:
+    settings = recipe.base
+    weights = {"none": settings.dtype, "8bit": f"8-bit ({settings.dtype})", "4bit": f"4-bit ({settings.dtype})"}
+    modules = recipe.adapter.target_modules
+    lines = [
+        f"{recipe.path}: {recipe.name}, seed {recipe.seed}",
+        f"base     {settings.model}{'' if base else f' from the Hub at {settings.revision}, there being no such folder here'}: "
+        + (f"{base.config.get('model_type')}, {_millions(base.parameters)} parameters, " if base else "")
+        + (f"context {base.context} tokens, " if base and base.context else "")
+        + f"weights in {weights[settings.quantization]}",
+        f"adapter  r {recipe.adapter.r}, alpha {recipe.adapter.alpha:g}, dropout {recipe.adapter.dropout:g}, "
+        f"on {modules if isinstance(modules, str) else ', '.join(modules)}",
+    ]
+    for path, card in cards.items():
+        lines += _card_lines(path, card, examples.get(path), base)
+    for name, stage in recipe.stages.items():
+        lines += _stage_lines(recipe, name, stage, examples)
+    card_path = evaluation_card(recipe)
+    if card_path is not None:
+        found = examples.get(card_path)
+        available = f" of {len(prompts_of(found).heldout):,}" if found else ""
+        count = min(recipe.evaluation.count, len(prompts_of(found).heldout)) if found else recipe.evaluation.count
+        gold = f", gold {recipe.evaluation.gold}" if recipe.evaluation.gold else ""
+        lines.append(f"evaluation  on {count:,}{available} held-out prompts of {card_path}{gold}")
+    lines += _leaks(recipe, examples)
+    return lines
+
+
+def _card_lines(path: str, card: DataCard, found: Examples | None, base: BaseFolder | None) -> list[str]:
+    if found is None:
+        return [f"data     {path}: {card.kind} of {card.sources}, not fetched by check"]
+    line = (
+        f"data     {path}: {card.kind}, {found.counts['read']:,} rows read, {len(found.train):,} to train on, "
+        f"{len(found.heldout):,} held out"
+    )
+    if base is not None and base.tokenizer is not None:
+        most, _ = longest([*found.train, *found.heldout], base.tokenizer, None)
+        line += f"; the longest has {most:,} tokens"
+    dropped = [
+        f"         left out: {number:,} × {reason.removeprefix('dropped: ')}"
+        for reason, number in found.counts.items()
+        if reason.startswith("dropped: ")
+    ]
+    return [line, *dropped]
+
+
+def _stage_lines(
+    recipe: Recipe, name: str, stage: SFTStage | RewardStage | PPOStage, examples: Mapping[str, Examples]
+) -> list[str]:
+    after = recipe.depends_on(name)
+    head = f"stage    {name}: {stage.kind}{f' after {chr(32).join(after)}' if after else ''}, "
+    if isinstance(stage, PPOStage):
+        completions = stage.updates * stage.batch_size
+        minibatch = stage.batch_size // stage.minibatches
+        line = (
+            f"{head}{stage.updates:,} updates x {stage.batch_size:,} = {completions:,} completions of at most "
+            f"{stage.max_new_tokens} tokens; {stage.epochs} epochs x {stage.minibatches} minibatches of {minibatch:,} "
+            f"= {stage.updates * stage.epochs * stage.minibatches:,} optimizer steps; kl_coef {stage.kl_coef:g}"
+        )
+        if stage.prompts in examples:
+            prompts = len(prompts_of(examples[stage.prompts]).train)
+            line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
+        return [line]
+    unit = "pairs" if isinstance(stage, RewardStage) else "rows"
+    if stage.data not in examples:
+        long = f"{stage.max_steps:,} optimizer steps" if stage.max_steps else f"epochs {stage.epochs:g}, in steps"
+        return [f"{head}{long} of {stage.batch_size:,} {unit}"]
+    rows = len(examples[stage.data].train)
+    steps = stage.max_steps or math.ceil(stage.epochs * rows / stage.batch_size)
+    epochs = steps * stage.batch_size / rows
+    return [f"{head}{rows:,} {unit} x {epochs:.3g} epochs = {steps:,} optimizer steps of {stage.batch_size:,} {unit}"]
+
+
+def _leaks(recipe: Recipe, examples: Mapping[str, Examples]) -> list[str]:
+    """Return a line for each card whose training prompts are among those that the closing table is measured on."""
+    card = evaluation_card(recipe)
+    if card is None or card not in examples:
+        return []
+    heldout = {_texts(row.prompt) for row in prompts_of(examples[card]).heldout}
+    lines = []
+    for path, uses in card_uses(recipe).items():
+        if path in examples and examples[path].card.kind in WITH_PROMPTS and any("stages." in use for use in uses):
+            both = len(heldout & {_texts(row.prompt) for row in examples[path].train})
+            if both:
+                lines.append(
+                    f"note     {both:,} of the {len(heldout):,} held-out prompts of {card} are trained on in {path}"
+                )
+    return lines
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
