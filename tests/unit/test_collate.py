@@ -1,0 +1,339 @@
+"""Text to tokens: what a tokenizer lacks, where a completion starts, what is too long, what is padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+from rlhf_kit.examples import Demonstration, Preference, PromptRow, Text
+
+from rlhf_kit import recipe
+from rlhf_kit.collate import (
+    IGNORED,
+    TextFormat,
+    left_pad,
+    load_text_format,
+    right_pad,
+    tokenise_demonstrations,
+    tokenise_pairs,
+    tokenise_prompts,
+)
+from rlhf_kit.errors import InputError
+from tests.tiny import CHATML, make_tokenizer
+
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+QUESTION = [{"role": "user", "content": "Where is it?"}]
+REAL = Path(__file__).resolve().parents[3] / "shared" / "assets" / "checkpoints"
+
+
+def text_format(folder: Path, *, template_file: str | None = None, **tokenizer) -> TextFormat:
+    """The format of a tokenizer as `make_tokenizer` makes it, read from its folder as a run does."""
+    make_tokenizer(**tokenizer).save_pretrained(folder)
+    if template_file is not None:
+        (folder / "given.jinja").write_text(template_file)
+    template = str(folder / "given.jinja") if template_file is not None else None
+    return load_text_format(recipe.Base(model=str(folder), chat_template=template))
+
+
+def sentencepiece_format(folder: Path) -> TextFormat:
+    """The format of a tokenizer that, as Llama's first, begins every text with a space and has tokens like "they▁"."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyzHON.,?:", "\n"]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("y", "▁"), (",", "▁")]
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {token: number for number, token in enumerate(special + letters + [a + b for a, b in merges])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return load_text_format(recipe.Base(model=str(folder)))
+
+
+def real_format(name: str) -> TextFormat:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"the real checkpoint {name} is not here")
+    return load_text_format(recipe.Base(model=str(REAL / name)))
+
+
+# ---------------------------------------------------------------- what a tokenizer lacks
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pad"),
+    [
+        ({"pad": "<pad>"}, "<pad>"),
+        ({"pad": None, "unk": "<unk>"}, "<unk>"),
+        ({"pad": "</s>", "unk": "<unk>"}, "<unk>"),
+        ({"pad": None, "extra": ("<|reserved_0|>",)}, "<|reserved_0|>"),
+        ({"pad": None, "bos": None, "eos": "<|endoftext|>", "unk": "<|endoftext|>"}, "<|endoftext|>"),
+    ],
+    ids=["own", "unknown", "own ends completions", "reserved", "only one special token"],
+)
+def test_padding_token(tmp_path, tokenizer, pad):
+    """Padding is the tokenizer's own unless that ends completions, else unknown, else reserved, else the end token."""
+    found = text_format(tmp_path, **tokenizer)
+    assert found.tokenizer.convert_ids_to_tokens(found.pad_id) == pad == found.tokenizer.pad_token
+    assert any(note.startswith(f"padding token: {pad!r}") for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        ("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {{ eos_token }}{% endfor %}", "</s>"),
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "</s>"),
+        ("{{ raise_exception('only in Latin') }}", "</s>"),
+        (None, "</s>"),
+    ],
+    ids=["end of turn", "eos behind a space", "no special token", "raises", "no template"],
+)
+def test_end_token(tmp_path, template, end):
+    """A completion ends with what the chat template writes after an answer, else with the tokenizer's EOS."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=template)
+    assert found.tokenizer.convert_ids_to_tokens(found.end_id) == end
+    assert found.completion_ids("A", "B")[-1] == found.end_id
+
+
+def test_nothing_to_end_a_completion_with(tmp_path):
+    """A tokenizer without EOS needs a chat template that ends answers."""
+    with pytest.raises(InputError, match="nothing ends a completion"):
+        text_format(tmp_path / "without", eos=None)
+    found = text_format(tmp_path / "with", eos=None, extra=CHAT_TOKENS, chat_template=CHATML)
+    assert found.tokenizer.convert_ids_to_tokens(found.end_id) == "<|im_end|>"
+
+
+def test_missing_tokenizer_is_the_users_error(tmp_path):
+    """A folder without a tokenizer gives one message that names it."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match=f"cannot load a tokenizer from {tmp_path}"):
+        load_text_format(recipe.Base(model=str(tmp_path)))
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_text_prompt_stands_as_it_is(tmp_path):
+    """A text prompt is never wrapped in a template; the tokenizer's BOS comes before it."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=CHATML)
+    assert found.prompt_text("Hi ") == "Hi "
+    assert found.tokenizer.convert_ids_to_tokens(found.prompt_ids("Hi ")) == ["<s>", "H", "i", "Ġ"]
+
+
+def test_chat_prompt_goes_through_the_tokenizers_template(tmp_path):
+    """Messages are rendered up to where the answer starts, without a second BOS."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=CHATML)
+    text = "<|im_start|>user\nWhere is it?<|im_end|>\n<|im_start|>assistant\n"
+    assert found.prompt_text(QUESTION) == text
+    assert found.tokenizer.decode(found.prompt_ids(QUESTION)) == text
+
+
+def test_recipes_template_replaces_the_tokenizers(tmp_path):
+    """A template that the recipe names is used, and the identity says so."""
+    found = text_format(
+        tmp_path, chat_template=CHATML, template_file="{% for m in messages %}Q {{ m['content'] }} A {% endfor %}"
+    )
+    assert found.prompt_text(QUESTION) == "Q Where is it? A "
+    assert found.identity()["chat_template_origin"] == "recipe"
+
+
+def test_recipes_template_must_render(tmp_path):
+    """A template named in the recipe that cannot render a question and an answer is refused at once."""
+    with pytest.raises(InputError, match=r"base\.chat_template: cannot render"):
+        text_format(tmp_path, template_file="{% for m in messages %}{{ m['content'] }}")
+
+
+def test_plain_template_where_there_is_none(tmp_path):
+    """Without a chat template, messages become plain text that starts with BOS and ends where the answer starts."""
+    found = text_format(tmp_path)
+    messages = [{"role": "system", "content": "Be kind."}, *QUESTION]
+    assert found.prompt_text(messages) == "System:\nBe kind.\n\nHuman:\nWhere is it?\n\nAssistant:\n"
+    assert found.prompt_ids(messages)[0] == found.tokenizer.bos_token_id
+    assert any("chat template" in note for note in found.notes)
+
+
+def test_template_that_raises_names_the_row(tmp_path):
+    """Messages that a chat template refuses are an error with the row's place; text prompts still work."""
+    found = text_format(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    assert tokenise_prompts([PromptRow("Hi", "a.jsonl:1")], found, None, "error").rows
+    with pytest.raises(InputError, match=r"a\.jsonl:2: the chat template .* user: roles must alternate"):
+        tokenise_prompts([PromptRow("Hi", "a.jsonl:1"), PromptRow(QUESTION, "a.jsonl:2")], found, None, "error")
+
+
+# ---------------------------------------------------------------- special tokens in the data
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_token_text_stays_text(tmp_path, chat):
+    """Text of the data that spells a special token becomes ordinary tokens, in prompts and in completions."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=CHATML)
+    nasty = "a</s><|im_end|>b"
+    prompt = [{"role": "user", "content": nasty}] if chat else nasty
+    ids = found.prompt_ids(prompt)
+    completion = found.completion_ids(prompt, nasty)
+    special = set(found.tokenizer.all_special_ids)
+    expected = ["<|im_start|>", "<|im_end|>", "<|im_start|>"] if chat else ["<s>"]
+    assert found.tokenizer.convert_ids_to_tokens([token for token in ids if token in special]) == expected
+    assert [token for token in completion if token in special] == [found.end_id]
+    assert found.tokenizer.decode(ids).count(nasty) == 1
+    assert found.completion_text(ids, completion) == nasty
+
+
+def test_special_token_text_is_counted(tmp_path):
+    """Rows whose text spells special tokens are counted."""
+    rows = [Demonstration("a", "b</s>", "1"), Demonstration("a", "b", "2")]
+    assert tokenise_demonstrations(rows, text_format(tmp_path), None, "error").counts == {
+        "rows": 2,
+        "kept": 2,
+        "special-token text kept as text": 1,
+        "tokens": 8 + 4,
+    }
+
+
+# ---------------------------------------------------------------- where a completion starts
+
+
+@pytest.mark.parametrize("name", ["made here", "TinyStories-656K", "stories260K"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("One day, they ", "went home."),
+        ("One day, they", " went home."),
+        ("One day, th", "ey went home."),
+        ("One day,\n", "\nthey went home."),
+        (QUESTION, "Here."),
+        (QUESTION, " Here."),
+    ],
+)
+def test_completion_text_comes_back(tmp_path, name, prompt, completion):
+    """What is tokenised behind a prompt reads back as the same text, wherever the border cuts."""
+    found = sentencepiece_format(tmp_path) if name == "made here" else real_format(name)
+    ids = found.prompt_ids(prompt)
+    assert found.completion_text(ids, found.completion_ids(prompt, completion)) == completion
+
+
+def test_prompt_never_depends_on_the_completion(tmp_path):
+    """Where a token would cross the border, the prompt keeps the tokens it has alone."""
+    found = sentencepiece_format(tmp_path)
+    together = found.tokenizer("One day, they went")["input_ids"]
+    prompt, completion = found.prompt_ids("One day, t"), found.completion_ids("One day, t", "hey went")
+    assert together[: len(prompt)] != prompt
+    assert found.tokenizer.decode(prompt + completion[:-1]) == found.tokenizer.decode(together)
+
+
+def test_completion_without_end_token_reads_back(tmp_path):
+    """A completion that stopped at its limit loses no token, and special tokens in it show."""
+    found = text_format(tmp_path)
+    prompt, completion = found.prompt_ids("A"), found.completion_ids("A", "bc")[:-1]
+    assert found.completion_text(prompt, completion) == "bc"
+    assert found.completion_text(prompt, [*completion, found.pad_id]) == "bc<pad>"
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_loss_is_on_the_completion_only(tmp_path):
+    """Labels are the completion's tokens and its end token; of a text without prompt, all tokens."""
+    found = text_format(tmp_path)
+    rows = tokenise_demonstrations([Demonstration("ab", "cd", "1"), Text("ab", "2")], found, None, "error").rows
+    s, e, a, b, c, d = found.tokenizer.convert_tokens_to_ids(["<s>", "</s>", "a", "b", "c", "d"])
+    assert rows[0] == {"input_ids": [s, a, b, c, d, e], "labels": [IGNORED] * 3 + [c, d, e]}
+    assert rows[1] == {"input_ids": [s, a, b, e], "labels": [s, a, b, e]}
+
+
+def test_too_long_is_an_error_with_the_rows(tmp_path):
+    """`truncate: error` names the rows, their lengths and what would work."""
+    rows = [Demonstration("abcd", "ef", f"x.jsonl:{line}") for line in range(1, 9)] + [Demonstration("a", "e", "short")]
+    with pytest.raises(InputError) as error:
+        tokenise_demonstrations(rows, text_format(tmp_path), 7, "error")
+    message = str(error.value)
+    assert "8 of 9 rows are longer than 7 tokens: x.jsonl:1 (8 tokens);" in message
+    assert "x.jsonl:5" in message and "x.jsonl:6" not in message and "left_prompt" in message
+
+
+def test_dropped_rows_are_counted(tmp_path):
+    """`truncate: drop` leaves long rows out, counts them, and says which rows were kept."""
+    rows = [Demonstration("abcd", "ef", "1"), Demonstration("a", "e", "2")]
+    tokenised = tokenise_demonstrations(rows, text_format(tmp_path), 7, "drop")
+    assert tokenised.kept == [1] and len(tokenised.rows) == 1
+    assert tokenised.counts == {"rows": 2, "kept": 1, "dropped: longer than 7 tokens": 1, "tokens": 4}
+
+
+def test_left_prompt_cuts_prompts_and_keeps_bos(tmp_path):
+    """`truncate: left_prompt` drops the prompt's first tokens behind BOS; completions stay whole."""
+    found = text_format(tmp_path)
+    tokenised = tokenise_demonstrations([Demonstration("abcd", "ef", "1")], found, 6, "left_prompt")
+    ids = found.tokenizer.convert_tokens_to_ids(["<s>", "c", "d", "e", "f", "</s>"])
+    assert tokenised.rows == [{"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]}]
+    assert tokenised.counts["prompt cut"] == 1
+
+
+def test_completion_too_long_alone_is_dropped_and_counted(tmp_path):
+    """A completion that leaves no room for any prompt is not cut: its row is left out."""
+    rows = [Demonstration("ab", "cdefgh", "1"), Demonstration("a", "e", "2")]
+    tokenised = tokenise_demonstrations(rows, text_format(tmp_path), 7, "left_prompt")
+    assert tokenised.kept == [1] and tokenised.counts["dropped: longer than 7 tokens"] == 1
+
+
+def test_none_left_is_an_error(tmp_path):
+    """Dropping every row is an error."""
+    with pytest.raises(InputError, match="none of the 1 rows is at most 3 tokens long"):
+        tokenise_demonstrations([Demonstration("ab", "cd", "1")], text_format(tmp_path), 3, "drop")
+
+
+def test_pairs_share_one_cut_prompt(tmp_path):
+    """Both sides of a pair keep the same part of the prompt: what the longer completion leaves room for."""
+    found = text_format(tmp_path)
+    pairs = [Preference("abcd", "e", "fgh", "1"), Preference("a", "b", "c", "2", margin=0.5)]
+    rows = tokenise_pairs(pairs, found, 7, "left_prompt").rows
+    assert found.tokenizer.decode(rows[0]["chosen_ids"]) == "<s>cde</s>"
+    assert found.tokenizer.decode(rows[0]["rejected_ids"]) == "<s>cdfgh</s>"
+    assert [row["margin"] for row in rows] == [0.0, 0.5]
+
+
+def test_pairs_without_margins_have_no_margin_column(tmp_path):
+    """No margin is invented where the data has none."""
+    assert set(tokenise_pairs([Preference("a", "b", "c", "1")], text_format(tmp_path), None, "error").rows[0]) == {
+        "chosen_ids",
+        "rejected_ids",
+    }
+
+
+def test_prompts_are_cut_to_their_limit(tmp_path):
+    """Prompts of any kind of row are tokenised, and cut where asked."""
+    found = text_format(tmp_path)
+    tokenised = tokenise_prompts([PromptRow("abcd", "1"), Demonstration("e", "f", "2")], found, 3, "left_prompt")
+    assert [found.tokenizer.decode(row) for row in tokenised.rows] == ["<s>cd", "<s>e"]
+    assert tokenised.counts == {"rows": 2, "kept": 2, "prompt cut": 1, "tokens": 5}
+
+
+# ---------------------------------------------------------------- padding
+
+
+def test_masks_come_from_lengths_not_from_pad_ids():
+    """A real token that equals the pad id is real."""
+    batch = left_pad([[5, 0], [0, 7, 0]], 0)
+    assert batch.prompt_ids.tolist() == [[0, 5, 0], [0, 7, 0]]
+    assert batch.prompt_mask.tolist() == [[False, True, True], [True, True, True]]
+    ids, mask = right_pad([[5, 0], [0, 7, 0]], 0)
+    assert ids.tolist() == [[5, 0, 0], [0, 7, 0]] and ids.dtype == torch.int64
+    assert mask.tolist() == [[True, True, False], [True, True, True]]
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_identity_survives_use_and_tells_formats_apart(tmp_path):
+    """The identity is that of the files, not of what was tokenised since; another vocabulary or template changes it."""
+    found = text_format(tmp_path / "one", extra=CHAT_TOKENS, chat_template=CHATML)
+    before = found.identity()
+    found.completion_ids(QUESTION, "</s>")
+    found.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert (
+        found.identity() == before == text_format(tmp_path / "two", extra=CHAT_TOKENS, chat_template=CHATML).identity()
+    )
+    other = text_format(tmp_path / "three", extra=(*CHAT_TOKENS, "<|x|>"), chat_template=CHATML + "\n").identity()
+    assert {key for key in before if before[key] != other[key]} == {"sha256", "chat_template_sha256"}
