@@ -375,9 +375,10 @@ def _lines(
     settings = recipe.base
     weights = {"none": settings.dtype, "8bit": f"8-bit ({settings.dtype})", "4bit": f"4-bit ({settings.dtype})"}
     modules = recipe.adapter.target_modules
+    origin = "" if recipe.is_local_base else f" from the Hub at {settings.revision}, there being no such folder here"
     lines = [
         f"{recipe.path}: {recipe.name}, seed {recipe.seed}",
-        f"base     {settings.model}{'' if base else f' from the Hub at {settings.revision}, there being no such folder here'}: "
+        f"base     {settings.model}{origin}: "
         + (f"{base.config.get('model_type')}, {_millions(base.parameters)} parameters, " if base else "")
         + (f"context {base.context} tokens, " if base and base.context else "")
         + f"weights in {weights[settings.quantization]}",
@@ -390,9 +391,10 @@ def _lines(
         lines += _stage_lines(recipe, name, stage, examples)
     card_path = evaluation_card(recipe)
     if card_path is not None:
-        found = examples.get(card_path)
-        available = f" of {len(prompts_of(found).heldout):,}" if found else ""
-        count = min(recipe.evaluation.count, len(prompts_of(found).heldout)) if found else recipe.evaluation.count
+        count, available = recipe.evaluation.count, ""
+        if card_path in examples:
+            heldout = len(prompts_of(examples[card_path]).heldout)
+            count, available = min(count, heldout), f" of {heldout:,}"
         gold = f", gold {recipe.evaluation.gold}" if recipe.evaluation.gold else ""
         lines.append(f"evaluation  on {count:,}{available} held-out prompts of {card_path}{gold}")
     lines += _leaks(recipe, examples)

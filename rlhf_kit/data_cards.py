@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -236,6 +237,7 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
             yield at, f'a template names columns in braces, such as "{{instruction}} {{input}}"; seen {marked.seen(at)}'
 
 
+@lru_cache(maxsize=256)
 def template_columns(template: str) -> tuple[str, ...]:
     """Return the columns that a template such as "{instruction}\\n{input}" names; none if it is not a template."""
     parts = re.split(r"\{([^{}]+)\}", template)

@@ -17,7 +17,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ MAX_LINE = 2**26
 """Bytes of a line. A small .gz can unpack to a line that fills the memory."""
 SHOWN = 5
 """Broken rows that an error message shows."""
+
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _examples(card: DataCard, train: list[Row], heldout: list[Row], counts: Mapp
     digest = hashlib.sha256()
     for side in (train, heldout):
         for row in side:
-            digest.update(json.dumps(astuple(replace(row, where="")), ensure_ascii=False).encode() + b"\n")
+            digest.update(_encode({**vars(row), "where": ""}).encode() + b"\n")
         digest.update(b"\n")
     return Examples(card, train, heldout, dict(counts), digest.hexdigest())
 
@@ -174,7 +176,7 @@ def _reasons(dropped: Mapping[str, int]) -> str:
 
 def _key(row: Row) -> str:
     """Return the text that decides on which side of the split a row is."""
-    return row.text if isinstance(row, Text) else json.dumps(row.prompt, ensure_ascii=False, sort_keys=True)
+    return row.text if isinstance(row, Text) else _encode(row.prompt)
 
 
 def _split(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
