@@ -8,7 +8,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
-from rlhf_kit.examples import Demonstration, Preference, PromptRow, Text
 
 from rlhf_kit import recipe
 from rlhf_kit.collate import (
@@ -22,6 +21,7 @@ from rlhf_kit.collate import (
     tokenise_prompts,
 )
 from rlhf_kit.errors import InputError
+from rlhf_kit.examples import Demonstration, Preference, PromptRow, Text
 from tests.tiny import CHATML, make_tokenizer
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
