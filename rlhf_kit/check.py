@@ -81,7 +81,7 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
         if isinstance(stage, PPOStage) and recipe.reward_source(name) == "model" and Path(stage.reward).is_dir():
             folder_problems = BaseFolder(Path(stage.reward)).problems()
             problems += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in folder_problems]
-    if base is not None and not problems:
+    if base is not None:
         problems += _length_problems(recipe, base, examples)
     if problems:
         raise InputError(problems)
@@ -332,38 +332,53 @@ def longest(rows: Sequence[Any], tokenizer: Tokenizer, room: int | None) -> tupl
 
 def _length_problems(recipe: Recipe, base: BaseFolder, examples: Mapping[str, Examples]) -> Iterable[str]:
     context = base.context
+    last: PPOStage | None = None
     for name, stage in recipe.stages.items():
         at = recipe.where(f"stages.{name}")
         if isinstance(stage, PPOStage):
-            if context is not None and stage.max_new_tokens >= context:
-                yield (
-                    f"{at}.max_new_tokens: {stage.max_new_tokens} tokens leave no room for a prompt in the base's "
-                    f"context of {context}"
-                )
-                continue
-            room = None if context is None else context - stage.max_new_tokens
-            card, said = (
-                stage.prompts,
-                f"the {room} tokens that max_new_tokens {stage.max_new_tokens} leaves of the context",
-            )
-        else:
-            if context is not None and stage.max_length is not None and stage.max_length > context:
-                yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
-                continue
+            last = stage
+            yield from _prompt_problems(at, stage.prompts, stage.max_new_tokens, stage.truncate, base, examples)
+        elif context is not None and stage.max_length is not None and stage.max_length > context:
+            yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
+        elif stage.truncate == "error" and (stage.max_length or context) and stage.data in examples:
             room = stage.max_length or context
-            card, said = stage.data, f"{'max_length' if stage.max_length else 'the context'}, {room} tokens"
-        if stage.truncate != "error" or room is None or base.tokenizer is None or card not in examples:
-            continue
-        read = prompts_of(examples[card]) if isinstance(stage, PPOStage) else examples[card]
-        rows = [*read.train, *read.heldout]
-        most, over = longest(rows, base.tokenizer, room)
-        if over:
-            where = over[-1][0]
-            yield (
-                f"{at}: {len(over):,} of {len(rows):,} rows of {card} are longer than {said}; the longest has at least "
-                f"{most} ({where}). Write truncate: left_prompt to cut prompts from the left, truncate: drop to leave "
-                f"such rows out, or {'a smaller max_new_tokens' if isinstance(stage, PPOStage) else 'shorten them'}"
+            rows = [*examples[stage.data].train, *examples[stage.data].heldout]
+            limit = f"max_length {room}" if stage.max_length else f"the base's context of {room} tokens"
+            yield from _too_long(
+                at, stage.data, rows, base, room, limit, "a larger max_length" * bool(stage.max_length)
             )
+    if last is not None and recipe.evaluation.prompts is not None:
+        tokens = recipe.evaluation.max_new_tokens or last.max_new_tokens
+        at = recipe.where("evaluation.prompts")
+        yield from _prompt_problems(at, recipe.evaluation.prompts, tokens, last.truncate, base, examples)
+
+
+def _prompt_problems(
+    at: str, card: str, max_new_tokens: int, truncate: str, base: BaseFolder, examples: Mapping[str, Examples]
+) -> Iterable[str]:
+    if base.context is None:
+        return
+    room = base.context - max_new_tokens
+    if room < 1:
+        yield f"{at}: max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of {base.context}"
+    elif truncate == "error" and card in examples and examples[card].card.kind in WITH_PROMPTS:
+        found = prompts_of(examples[card])
+        limit = f"the {room} tokens that max_new_tokens {max_new_tokens} leaves of the base's context of {base.context}"
+        yield from _too_long(at, card, [*found.train, *found.heldout], base, room, limit, "a smaller max_new_tokens")
+
+
+def _too_long(
+    at: str, card: str, rows: Sequence[Any], base: BaseFolder, room: int | None, limit: str, also: str
+) -> Iterable[str]:
+    if base.tokenizer is None:
+        return
+    most, over = longest(rows, base.tokenizer, room)
+    if over:
+        yield (
+            f"{at}: {len(over):,} of {len(rows):,} rows of {card} are longer than {limit}; the longest has at least "
+            f"{most} ({over[-1][0]}). Write truncate: left_prompt to cut prompts from the left, truncate: drop to "
+            f"leave such rows out{f', or {also}' if also else ''}"
+        )
 
 
 # ---------------------------------------------------------------- the plan, to be read
