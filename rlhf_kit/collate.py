@@ -114,6 +114,10 @@ class TextFormat:
         """Whether the text holds the name of a special token; it is tokenised as text all the same."""
         return self._special.search(text) is not None
 
+    def changes(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the tokens read back as another text, spaces aside: characters that the vocabulary lacks, say."""
+        return "".join(self._decode(ids).split()) != "".join(text.split())
+
     def identity(self) -> dict[str, Any]:
         """Return what makes two formats the same one: tokenizer, vocabulary, chat template, padding and end token."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -294,9 +298,16 @@ class Tokenised:
 
     rows: list[Any]
     counts: dict[str, int]
-    """Rows given, "kept", "prompt cut", "dropped: <reason>", "special-token text kept as text"; and "tokens"."""
+    """Rows given, "kept", "prompt cut", "dropped: <reason>", "special-token text kept as text", "text changed by the
+    tokenizer" (completions with characters that it does not have); and "tokens"."""
     kept: list[int]
     """For each of `rows`, its index among the rows given."""
+
+    def __str__(self) -> str:
+        rest = [f"{count:,} {what}" for what, count in self.counts.items() if what not in ("rows", "kept", "tokens")]
+        return ", ".join(
+            [f"{self.counts['kept']:,} of {self.counts['rows']:,} rows, {self.counts['tokens']:,} tokens", *rest]
+        )
 
 
 def tokenise_demonstrations(
@@ -313,11 +324,13 @@ def tokenise_demonstrations(
         if isinstance(row, Text):
             fitting.look_at(row.text)
             prompt, completion = [], text_format.text_ids(row.text)
+            fitting.read_back((row.text, completion[len(text_format.start_ids) :]))
         else:
             fitting.look_at(row.prompt, row.completion)
             with _located(row.where):
                 prompt = text_format.prompt_ids(row.prompt)
             completion = text_format.completion_ids(row.prompt, row.completion)
+            fitting.read_back((row.completion, completion))
         fitted = fitting.fit(row.where, prompt, len(completion))
         if fitted is not None:
             ids, labels = fitted + completion, [IGNORED] * len(fitted) + completion
@@ -342,6 +355,7 @@ def tokenise_pairs(
             prompt = text_format.prompt_ids(row.prompt)
         chosen = text_format.completion_ids(row.prompt, row.chosen)
         rejected = text_format.completion_ids(row.prompt, row.rejected)
+        fitting.read_back((row.chosen, chosen), (row.rejected, rejected))
         fitted = fitting.fit(row.where, prompt, max(len(chosen), len(rejected)))
         if fitted is not None:
             pair = {"chosen_ids": fitted + chosen, "rejected_ids": fitted + rejected}
@@ -392,6 +406,11 @@ class _Fitting:
         contents = [[text] if isinstance(text, str) else [message["content"] for message in text] for text in texts]
         if any(self.text_format.spells_special(content) for several in contents for content in several):
             self.counts["special-token text kept as text"] += 1
+
+    def read_back(self, *completions: tuple[str, list[int]]) -> None:
+        """Count a row with completions that their tokens (the end token last) do not spell."""
+        if any(self.text_format.changes(text, ids[:-1]) for text, ids in completions):
+            self.counts["text changed by the tokenizer"] += 1
 
     def fit(self, where: str, prompt: list[int], completion: int) -> list[int] | None:
         """Return the prompt, cut from the left if that is asked for and needed, or None for a row to leave out.

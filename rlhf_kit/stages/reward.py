@@ -55,6 +55,7 @@ def run(job: Job) -> Outcome:
     examples = job.examples[settings.data]
     limit = settings.max_length or context_length(base)
     pairs = tokenise_pairs(examples.train, text_format, limit, settings.truncate)
+    say(f"{job.name}: {pairs}")
     heldout = tokenise_pairs(examples.heldout, text_format, limit, settings.truncate) if examples.heldout else None
     reference = reference_rows(job, limit)
 

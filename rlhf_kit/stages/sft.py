@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf_kit import distributed
 from rlhf_kit.collate import IGNORED, right_pad, tokenise_demonstrations
 from rlhf_kit.generation import derived_seed
-from rlhf_kit.metrics import MetricLog, progress
+from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.recipe import SFTStage
 from rlhf_kit.stages import Job, Outcome
@@ -31,6 +31,7 @@ def run(job: Job) -> Outcome:
     examples = job.examples[settings.data]
     limit = settings.max_length or context_length(base)
     rows = tokenise_demonstrations(examples.train, job.text_format, limit, settings.truncate)
+    say(f"{job.name}: {rows}")
     heldout = None
     if examples.heldout:
         heldout = tokenise_demonstrations(examples.heldout, job.text_format, limit, settings.truncate)

@@ -193,6 +193,17 @@ def test_special_token_text_is_counted(tmp_path):
     }
 
 
+def test_text_the_tokenizer_changes_is_counted(tmp_path):
+    """Rows whose completions hold characters that the vocabulary lacks are counted; spaces do not count."""
+    rows = [Demonstration("a ", text, "1") for text in (" here", "here", "it’s here", "here\n")]
+    found = sentencepiece_format(tmp_path)
+    tokenised = tokenise_demonstrations(rows, found, None, "error")
+    assert tokenised.counts["text changed by the tokenizer"] == 1
+    pairs = [Preference("a ", "here", "it’s", "1"), Preference("a ", "here", "it is", "2")]
+    assert tokenise_pairs(pairs, found, None, "error").counts["text changed by the tokenizer"] == 1
+    assert str(tokenised) == "4 of 4 rows, 39 tokens, 1 text changed by the tokenizer"
+
+
 # ---------------------------------------------------------------- where a completion starts
 
 
