@@ -6,6 +6,7 @@ torch and what needs it are imported inside the verbs, so that `--help` and `che
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -100,6 +101,8 @@ def quiet_libraries() -> None:
         defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    for name in LIBRARIES.split("|"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=rf"({LIBRARIES})(\..*)?$")
 

@@ -265,7 +265,7 @@ def remove_folder(folder: Path) -> None:
 
 def environment(device: str, processes: int) -> dict[str, Any]:
     """Return what a run ran on: versions of Python and the packages, system, device. No names, paths or secrets."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, report, scorers
 from rlhf_kit.collate import (
     TextFormat,
+    Tokenised,
     load_text_format,
     tokenise_demonstrations,
     tokenise_pairs,
@@ -189,21 +190,30 @@ def check_lengths(recipe: Recipe, examples: Mapping[str, Examples], text_format:
         InputError: the rows of every stage that are too long.
     """
     context = models.context_length(recipe.base)
-    problems = []
+    todo: list[tuple[str, Callable[..., Tokenised], list[Any], int | None]] = []  # place, how, rows, their limit
     for name, settings in recipe.stages.items():
+        place = f"stages.{name}"
         if settings.truncate != "error":
             continue
+        if isinstance(settings, PPOStage):
+            room = None if context is None else context - settings.max_new_tokens
+            todo.append((place, tokenise_prompts, prompts_of(examples[settings.prompts]).train, room))
+        else:
+            tokenise = tokenise_pairs if isinstance(settings, RewardStage) else tokenise_demonstrations
+            rows = [*examples[settings.data].train, *examples[settings.data].heldout]
+            todo.append((place, tokenise, rows, settings.max_length or context))
+    last = [stage for stage in recipe.stages.values() if isinstance(stage, PPOStage)][-1:]
+    card = check.evaluation_card(recipe)
+    if last and card is not None and last[0].truncate == "error":
+        new_tokens = recipe.evaluation.max_new_tokens or last[0].max_new_tokens
+        room = None if context is None else context - new_tokens
+        todo.append(("evaluation", tokenise_prompts, prompts_of(examples[card]).heldout, room))
+    problems = []
+    for place, tokenise, rows, limit in todo:
         try:
-            if isinstance(settings, PPOStage):
-                room = None if context is None else context - settings.max_new_tokens
-                rows = prompts_of(examples[settings.prompts])
-                tokenise_prompts(rows.train, text_format, room, "error")
-            else:
-                rows = examples[settings.data]
-                tokenise = tokenise_pairs if isinstance(settings, RewardStage) else tokenise_demonstrations
-                tokenise([*rows.train, *rows.heldout], text_format, settings.max_length or context, "error")
+            tokenise(rows, text_format, limit, "error")
         except InputError as error:
-            problems += [f"{recipe.where(f'stages.{name}')}: {problem}" for problem in error.problems]
+            problems += [f"{recipe.where(place)}: {problem}" for problem in error.problems]
     if problems:
         raise InputError(problems)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import rlhf_kit
 from rlhf_kit import artifacts
@@ -148,15 +150,22 @@ class TestRun:
 
 
 class TestLoad:
-    def test_a_policy_generates(self, finished):
-        """The PPO stage's model writes text with transformers' own generate; without its adapter it writes another."""
-        _, out, _ = finished
+    def test_a_policy_generates_as_it_does_without_rlhf_kit(self, finished):
+        """`load` gives a frozen model ready to generate; transformers and peft alone open the adapter to the same."""
+        recipe, out, _ = finished
         model, tokenizer = rlhf_kit.load(out, "ppo")
-        prompt = tokenizer("May I see a map?", return_tensors="pt")
-        ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-        text = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert text.startswith(" Yes")
         assert not any(parameter.requires_grad for parameter in model.parameters())
+        prompts = tokenizer(["May I see a map?", "Is this it?"], return_tensors="pt", padding=True)
+        settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+
+        base = AutoModelForCausalLM.from_pretrained(
+            recipe.parent / "model", quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
+        )
+        plain = PeftModel.from_pretrained(base, str(out / "ppo" / "adapter"))
+        ids = model.generate(**prompts, **settings)
+        assert torch.equal(ids, plain.generate(**prompts, **settings, pad_token_id=tokenizer.pad_token_id))
+        with plain.disable_adapter():
+            assert not torch.equal(model(**prompts).logits, plain(**prompts).logits)
 
     def test_a_reward_model_scores(self, finished):
         """The reward stage's model gives the stored probe the scores of its manifest."""

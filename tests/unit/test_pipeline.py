@@ -309,15 +309,20 @@ class TestRefused:
         assert not world.out.exists()
 
     def test_prompts_that_do_not_fit_are_refused_before_the_first_stage(self, world):
-        """With the real tokenizer: a prompt that leaves no room for max_new_tokens is named with its row."""
-        with pytest.raises(InputError, match=r"stages\.ppo: .*rows are longer than 8 tokens: asked\.jsonl:1"):
-            world.run("stages.ppo.max_new_tokens=120")
+        """With the real tokenizer: one token too many, its BOS, is found in the rows of PPO and of the evaluation."""
+        rows = [{"prompt": f"{number:030}"} for number in range(20)]
+        world.recipe.with_name("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(InputError, match=r"asked\.jsonl:\d+ \(31 tokens\)") as caught:
+            world.run("stages.ppo.max_new_tokens=98")
+        assert [problem.split(": ")[1] for problem in caught.value.problems] == ["stages.ppo", "evaluation"]
         assert world.calls == [] and not world.out.exists()
 
     def test_rows_of_later_stages_are_checked_before_the_first(self, world):
         """A reward pair that is too long is found before SFT has begun."""
-        with pytest.raises(InputError, match=r"stages\.reward: .*rows are longer than 20 tokens: pairs\.jsonl:1"):
-            world.run("stages.reward.max_length=20")
+        with pytest.raises(
+            InputError, match=r"stages\.reward: 1 of .*longer than 36 tokens: .*pairs\.jsonl:10 \(37 tokens"
+        ):
+            world.run("stages.reward.max_length=36")
         assert world.calls == [] and not world.out.exists()
 
     def test_a_scoring_function_is_imported_before_the_first_stage(self, world):
