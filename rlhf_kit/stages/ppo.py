@@ -374,8 +374,11 @@ class PPO:
 
     def _whitened(self, x: Tensor, mask: Tensor, *, center: bool) -> Tensor:
         """Return x whitened by the mean and variance over all processes."""
-        moments = distributed.total(torch.stack(masking.moments(x, mask)), self.accelerator)
-        return masking.whiten(x, mask, *masking.mean_and_variance(*moments), center=center)
+        return masking.whiten(x, mask, *self._moments(x, mask), center=center)
+
+    def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the real tokens of all processes."""
+        return masking.mean_and_variance(*distributed.total(torch.stack(masking.moments(x, mask)), self.accelerator))
 
     def learn(self, update: int, rollout: Rollout, targets: Targets) -> Learned:
         """Take epochs x minibatches optimizer steps on a rollout.
@@ -479,10 +482,7 @@ class PPO:
         ).double()
         score, kl_k1, kl_k3, ended, length = (distributed.total(per_batch, self.accelerator) / size).tolist()
         residual, returned = (
-            masking.mean_and_variance(
-                *distributed.total(torch.stack(masking.moments(x, mask)), self.accelerator)
-            )[1].item()
-            for x in (targets.returns - rollout.values, targets.returns)
+            float(self._moments(x, mask)[1]) for x in (targets.returns - rollout.values, targets.returns)
         )
         self.tokens += round(length * size)
         seconds = self.rollout_seconds + learned.seconds

@@ -52,11 +52,11 @@ def test_two_processes_do_the_work_of_one(tmp_path, quantization):
         order_alone = distance(reference, adapter(halves, stage))
         size = max(float(tensor.abs().max()) for tensor in reference.values())
         assert distance(reference, adapter(two, stage)) <= 10 * order_alone + 1e-6 * size, stage
-    for number in (0, 1, 2):  # what is sampled is the same, so the first update's figures are
-        assert metrics(one, "ppo")[number]["rollout/length"] == metrics(two, "ppo")[number]["rollout/length"]
-    torch.testing.assert_close(
-        metrics(one, "ppo")[0]["objective/score"], metrics(two, "ppo")[0]["objective/score"], rtol=1e-3, atol=1e-3
-    )
+    # Before anything is learned both sample the same completions. Later ones may part where a probability is rounded
+    # to the other side of a random number, with 8-bit activations sooner.
+    first, second = metrics(one, "ppo")[0], metrics(two, "ppo")[0]
+    assert first["rollout/length"] == second["rollout/length"]
+    torch.testing.assert_close(first["objective/score"], second["objective/score"], rtol=1e-3, atol=1e-3)
 
 
 def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(tmp_path):
