@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["InputError", "Interrupted", "did_you_mean"]
+__all__ = ["InputError", "Interrupted", "did_you_mean", "printable"]
 
 
 class InputError(Exception):
@@ -37,3 +37,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def printable(text: str) -> str:
+    """Return text for one line of a message: line breaks and other invisible characters as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import InputError, printable
 
 KeyPath = tuple[str | int, ...]
 """The way to a value: ("stages", "ppo", "kl_coef")."""
@@ -28,9 +28,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):  # quotes what either dialect would not read as text
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        odd = any(letter in "\x85\u2028\u2029\ufeff" for letter in data)  # written plainly they read back as breaks
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if odd else None)
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -111,7 +117,7 @@ class MarkedYaml:
         """Return one message for each problem, "file:line: a.b: what", without repetitions, in the file's order."""
         unique = list(dict.fromkeys(problems))
         unique.sort(key=lambda problem: self._order(problem[0]))
-        return [f"{self.place(path)}: {_dotted(path)}{': ' if path else ''}{what}" for path, what in unique]
+        return [printable(f"{self.place(path)}: {_dotted(path)}{': ' if path else ''}{what}") for path, what in unique]
 
     def _order(self, path: KeyPath) -> tuple[bool, int]:
         place = self.place(path)
@@ -129,7 +135,7 @@ def read_yaml(text: str, name: str, first_line: int = 1) -> MarkedYaml:
     try:
         problems = list(_refused(text))
         if problems:
-            raise InputError([f"{name}:{line + first_line}: {what}" for line, what in problems])
+            raise InputError([printable(f"{name}:{line + first_line}: {what}") for line, what in problems])
         root = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, int(error.position)) + first_line
@@ -146,7 +152,7 @@ def read_yaml(text: str, name: str, first_line: int = 1) -> MarkedYaml:
         marked.lines[()] = first_line
         marked.value = _plain(root, (), marked, first_line, twice)
         if twice:
-            raise InputError(twice)
+            raise InputError([printable(message) for message in twice])
     return marked
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
-from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.errors import InputError, did_you_mean, printable
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml, write_yaml
 from rlhf_kit.settings import (
     HUB_ID,
@@ -346,7 +346,7 @@ def _load(path: Path, overrides: Sequence[str], look: bool) -> Recipe:
 
 
 def _override(marked: MarkedYaml, override: str) -> Iterator[str]:
-    place = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
+    place = printable(f"--set {override if len(override) <= 80 else override[:77] + '...'}")
     key, equals, value = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
@@ -563,7 +563,7 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
                 yield at, f"stage {target} comes later in the file; a stage builds on earlier ones only"
             else:
                 found = stages[target].get("kind") if isinstance(stages[target], dict) else None
-                if found in STAGE_KINDS and found not in kinds:
+                if isinstance(found, str) and found in STAGE_KINDS and found not in kinds:
                     yield at, f"must name a stage of kind {' or '.join(kinds)}; {target} is of kind {found}"
 
 
@@ -582,7 +582,7 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
         if isinstance(stage, dict):
             for key in ("data", "normalize_on", "prompts"):
                 yield from _file(stage, key, ("stages", name, key), folder, look, "data card")
-            if stage.get("reward") not in stages and _names_a_model(stage.get("reward"), folder):
+            if _names_a_model(stage.get("reward"), folder) and stage["reward"] not in stages:
                 yield from _model(stage, "reward", ("stages", name, "reward"), folder, look)
     if isinstance(evaluation, dict):
         yield from _file(evaluation, "prompts", ("evaluation", "prompts"), folder, look, "data card")

@@ -1,8 +1,8 @@
 """Bad input gets one clear message, exit code 2, no traceback, and leaves nothing behind: through the command line.
 
-Each fault is put alone into a set of files that is otherwise without one, and both `check` and `run` must tell it: where,
-what, what was seen, what would work. The verbs run in this process, so that torch is imported once; the last tests start
-processes of their own.
+Each fault is put alone into a set of files that is otherwise without one, and both `check` and `run` must tell it:
+where, what, what was seen, what would work. The verbs run in this process, so that torch is imported once; the last
+tests start processes of their own.
 """
 
 from __future__ import annotations
