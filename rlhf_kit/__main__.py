@@ -37,7 +37,9 @@ Overrides = Annotated[
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory; without it runs/<name of the recipe>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run directory; without it runs/<name of the recipe>.")
+    ] = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run one stage; those before must be done.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew (with --only: that stage).")] = False,
 ) -> None:
@@ -45,13 +47,11 @@ def run(
     from rich.console import Console
 
     from rlhf_kit import metrics, pipeline
-    from rlhf_kit.closing import closing_table
-    from rlhf_kit.recipe import load_recipe
+    from rlhf_kit.closing import print_closing_table
 
-    settings = overrides or []
-    result = pipeline.run(recipe, settings, out, only=only, fresh=fresh)
+    result = pipeline.run(recipe, overrides or (), out, only=only, fresh=fresh)
     if result.summary is not None and metrics.is_main_process():
-        Console().print(closing_table(load_recipe(recipe, settings), result.folder, result.summary))
+        print_closing_table(result.recipe, result.folder, result.summary, Console())
     pipeline.leave()
 
 

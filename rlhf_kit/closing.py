@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +17,11 @@ SHOWN_CHARACTERS = 600
 """Of a prompt or completion."""
 
 
-def closing_table(recipe: Recipe, folder: Path, summary: Mapping[str, Any]) -> RenderableType:
-    """Return the figures of a finished run, a few prompts with their completions, and where everything lies."""
-    return Group(*_parts(recipe, folder, summary))
+def print_closing_table(recipe: Recipe, folder: Path, summary: Mapping[str, Any], console: Console) -> None:
+    """Print the figures of a finished run, a few prompts with their completions, and where everything lies."""
+    for part in _parts(recipe, folder, summary):
+        # Only tables are fitted to the width: a path that is broken cannot be copied.
+        console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
 
 
 def _parts(recipe: Recipe, folder: Path, summary: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -30,14 +32,15 @@ def _parts(recipe: Recipe, folder: Path, summary: Mapping[str, Any]) -> Iterator
         yield _systems(recipe, summary["systems"])
     for pair, win in summary["win_rate"].items():
         after, before = pair.split("/")
-        low, high = win["ci"]
-        line = f"{after} wins over {before} {win['rate']:.1%} of the time, 95 % interval {low:.1%} to {high:.1%}"
-        yield Text(f"\n{line}; among answers of like length {_percent(win['length_matched'])}")
+        low, high = (_percent(end) for end in win["ci"])
+        yield Text(f"\n{after} wins over {before}   {_percent(win['rate'])}, 95 % interval {low} to {high}")
+        yield Text(f"at equal length   {_percent(win['length_matched'])}")
     for example in summary["examples"]:
         yield Text()
         yield _example(example)
-    adapters = ", ".join(str(folder / name / "adapter") for name in recipe.stages)
-    yield Text(f"\nadapters   {adapters}\nreport     {folder / artifacts.REPORT}")
+    yield Text()
+    yield from (Text(f"adapter   {folder / name / 'adapter'}") for name in recipe.stages)
+    yield Text(f"report    {folder / artifacts.REPORT}")
 
 
 def _reward_line(figures: Mapping[str, Any]) -> str:
@@ -48,7 +51,7 @@ def _reward_line(figures: Mapping[str, Any]) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{share:.1%}"
+    return "unknown" if share is None else f"{100 * share:.1f} %"
 
 
 def _systems(recipe: Recipe, systems: Mapping[str, Mapping[str, float]]) -> Table:
@@ -60,13 +63,16 @@ def _systems(recipe: Recipe, systems: Mapping[str, Mapping[str, float]]) -> Tabl
     for head in ["gold", *heads] if with_gold else heads:
         table.add_column(head, justify="right")
     for name, figures in systems.items():
-        budget = budgets.get(name)
-        within = "" if budget is None else f" of {budget:g}" if figures["kl"] <= budget else f" over {budget:g}!"
         gold = [f"{figures['gold']:.2f} ± {figures['gold_std']:.2f}"] if with_gold else []
-        table.add_row(
-            name, *gold, f"{figures['score']:.2f}", f"{figures['kl']:.1f}{within}", f"{figures['length']:.1f}"
-        )
+        divergence = f"{figures['kl']:.1f}{_compared(figures['kl'], budgets.get(name))}"
+        table.add_row(name, *gold, f"{figures['score']:.2f}", divergence, f"{figures['length']:.1f}")
     return table
+
+
+def _compared(divergence: float, budget: float | None) -> str:
+    if budget is None:
+        return ""
+    return f" (budget {budget:g})" if divergence <= budget else f" (over budget {budget:g})"
 
 
 def _example(example: Mapping[str, Any]) -> Table:
@@ -79,8 +85,12 @@ def _example(example: Mapping[str, Any]) -> Table:
 
 
 def _shown(text: Any) -> str:
-    """Return a completion, or a prompt in text or chat messages, cut to what is read at a glance."""
+    """Return a completion, or a prompt in text or chat messages, cut to what is read at a glance.
+
+    What a model writes may hold control characters, which a terminal would obey; they are shown as �.
+    """
     if not isinstance(text, str):
         text = "\n".join(f"{message['role']}: {message['content']}" for message in text)
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
     text = text.strip()
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"

@@ -56,6 +56,7 @@ T = TypeVar("T")
 class Run:
     """What a recipe's run has left in its folder."""
 
+    recipe: Recipe
     folder: Path
     manifests: dict[str, dict[str, Any]]
     """Of the finished stages, by name."""
@@ -94,7 +95,7 @@ def run(
             summary = pipeline.summarise()
         except Interrupted as error:
             raise Interrupted(f"{error}; to go on:\n  {_again(recipe_path, overrides, out, only)}") from error
-        return Run(folder, pipeline.finished(), summary)
+        return Run(recipe, folder, pipeline.finished(), summary)
 
 
 def load(run_dir: Path, stage: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -481,12 +482,13 @@ def _as_written(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
 
 def _again(recipe_path: Path, overrides: Mapping[str, Any] | Sequence[str], out: Path | None, only: str | None) -> str:
     """Return the command that goes on with this run; without --fresh, which would not."""
-    words = ["rlhf-kit", "run", str(recipe_path)]
+    words = [str(recipe_path)]
     for override in _as_written(overrides):
         words += ["--set", override]
     words += ["--out", str(out)] if out else []
     words += ["--only", only] if only else []
-    return shlex.join(words)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"{'accelerate launch [as before] -m rlhf_kit' if launched else 'rlhf-kit'} run {shlex.join(words)}"
 
 
 def _listed(changes: Sequence[str]) -> str:
