@@ -18,10 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HAPPY = set(
-    ["amazing", "beautiful", "best", "brave", "bright", "celebrated", "cheered", "delicious", "enjoyed", "excited", "favorite", "friend", "friends", "fun", "glad", "good", "great", "grin", "happily", "happy", "hug", "hugged", "kind", "laugh", "laughed", "laughing", "love", "loved", "lovely", "nice", "play", "played", "playing", "pretty", "proud", "safe", "share", "shared", "smile", "smiled", "smiling", "special", "thank", "thanked", "wonderful", "yay", "yummy"]
+    """amazing beautiful best brave bright celebrated cheered delicious enjoyed excited favorite friend friends fun
+    glad good great grin happily happy hug hugged kind laugh laughed laughing love loved lovely nice play played
+    playing pretty proud safe share shared smile smiled smiling special thank thanked wonderful yay yummy""".split()
 )
 SAD = set(
-    ["afraid", "alone", "angry", "bad", "broke", "broken", "cold", "cried", "cry", "crying", "dead", "died", "fell", "fight", "hate", "hated", "hurt", "lost", "mad", "mean", "naughty", "never", "pain", "sad", "scared", "scary", "sick", "sorry", "stuck", "tears", "tired", "ugly", "unhappy", "upset", "worried", "yelled"]
+    """afraid alone angry bad broke broken cold cried cry crying dead died fell fight hate hated hurt lost mad mean
+    naughty never pain sad scared scary sick sorry stuck tears tired ugly unhappy upset worried yelled""".split()
 )
 PROMPT_TOKENS, COMPLETION_TOKENS = 40, 46
 LABEL_TEMPERATURE = 0.15

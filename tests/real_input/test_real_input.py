@@ -21,7 +21,7 @@ def manifest(out: Path, stage: str) -> dict:
 
 
 def test_human_dialogues_go_through_with_every_row_explained(tmp_path):
-    """2,312 real multi-turn pairs: each row is used, or counted with its reason; the longest prompts are cut, counted."""
+    """2,312 real multi-turn pairs: each row is used, or counted with its reason; prompts that are cut are counted."""
     out = tmp_path / "run"
     chain.run_chain(HERE / "hh.yaml", out, f"base.model={CHECKPOINT}")
     for stage, sides in (("sft", ("train", "heldout")), ("reward", ("train", "heldout"))):
