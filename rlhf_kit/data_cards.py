@@ -110,7 +110,7 @@ class _HubSettings(Settings):
 
 
 class _Block(Settings):
-    kind: Literal["demonstrations", "preferences", "rankings", "prompts", "text"]
+    kind: Kind
     source: Any
     format: Literal["hh"] | None = None
     columns: dict[str, Text] = Field(default={})
@@ -145,13 +145,15 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
     metadata["rlhf_kit"] = raw
     places = [path.parent, Path()] if data_root is None else [Path(data_root), path.parent, Path()]
     problems: list[Problem] = list(_problems(_Block, raw, ("rlhf_kit",), front))
-    sources = _sources(raw.get("source"), ("rlhf_kit", "source"), places, front, problems)
+    sources = None  # a missing source is among the problems by now
+    if "source" in raw:
+        sources = _sources(raw["source"], ("rlhf_kit", "source"), places, front, problems)
     heldout = _heldout(raw.get("heldout", 0.1), sources, places, front, problems)
     problems += _column_problems(raw, front)
     if problems:
         raise InputError(front.messages(problems))
     block = _Block.model_validate(raw)
-    assert block.kind != "rankings" and sources is not None and heldout is not None
+    assert sources is not None and heldout is not None
     names = HH_COLUMNS[block.kind] if block.format == "hh" else {name: name for name in COLUMNS[block.kind]}
     return DataCard(
         path=path,
@@ -192,8 +194,11 @@ def _no_block(front: MarkedYaml) -> str:
     if "rlhf_kit" in keys:
         return f"{front.place(('rlhf_kit',))}: rlhf_kit: must be a mapping; seen {front.seen(('rlhf_kit',))}"
     stray = [key for key in ("kind", "source") if key in keys]
-    hint = f"; indent {' and '.join(stray)} below rlhf_kit:" if stray else near("rlhf_kit", keys)
-    return f"{front.place(())}: the front matter has no block rlhf_kit{hint or '; ' + _FORM}"
+    hint = f"indent {' and '.join(stray)} below rlhf_kit:" if stray else _FORM
+    misspelt = [key for key in keys if near(key, ["rlhf_kit"])]
+    if misspelt:
+        return f"{front.place((misspelt[0],))}: {misspelt[0]}: unknown key; did you mean rlhf_kit?"
+    return f"{front.place(())}: the front matter has no block rlhf_kit; {hint}"
 
 
 def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, marked: MarkedYaml) -> Iterator[Problem]:
@@ -212,10 +217,10 @@ def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, ma
                 case "missing":
                     if not written_wrongly(key, raw, settings.model_fields):
                         yield loc, f"missing, and has no default: {NEEDED[tuple(str(step) for step in loc[1:])]}"
+                case "literal_error" if key == "kind" and error["input"] == "rankings":
+                    yield loc, "rankings are not read yet; write them out as pairs, of kind preferences"
                 case _:
                     yield loc, explain(error, loc, marked)
-    if raw.get("kind") == "rankings":
-        yield (*at, "kind"), "rankings are not read yet; write them out as pairs, of kind preferences"
 
 
 def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Problem]:
@@ -255,8 +260,6 @@ def _sources(
         problems += found
         return None if found else _hub(_HubSettings.model_validate(written))
     names = [written] if isinstance(written, str) else written
-    if names is None:
-        return None  # missing is said elsewhere
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         problems.append((at, f"must be {NEEDED[('source',)]}; seen {marked.seen(at)}"))
         return None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.data_cards import DataCard, HubSource, data_suffix, template_columns
-from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.errors import InputError, did_you_mean, printable
 
 __all__ = [
     "Demonstration",
@@ -216,7 +216,7 @@ def _canonical(
                 yield _row(card, cells, where)
             except _Broken as problem:
                 counts[problem.reason] += 1
-                broken.append(f"{where}: {problem.detail}")
+                broken.append(printable(f"{where}: {problem.detail}"))
             taken += 1
             if taken == card.filters.max_rows:
                 return
@@ -255,7 +255,7 @@ def _check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None
             near = did_you_mean(name, cells).replace("; known", "; columns")
             problems.append(f"{where}: there is no column {name}, which filters.where of {card.path} names{near}")
     if problems:
-        raise InputError(problems)
+        raise InputError([printable(problem) for problem in problems])
 
 
 def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
@@ -414,8 +414,7 @@ def _short(value: Any) -> str:
     """Return a value for a message, so that two different ones look different and a long one stays short."""
     if value is None:
         return "nothing (null)"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = ascii(text)[1:-1] if not text.isprintable() else text
+    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -563,7 +562,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]
                 header = cells
                 twice = [name for name, number in Counter(header).items() if number > 1]
                 if twice:
-                    raise InputError(f"{where}: the header names column {twice[0]} twice")
+                    raise InputError(printable(f"{where}: the header names column {twice[0]} twice"))
             elif len(cells) != len(header):
                 raise InputError(
                     f"{where}: {len(cells)} cells under a header of {len(header)}; quote cells with {delimiter!r}"

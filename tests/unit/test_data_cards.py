@@ -1,0 +1,208 @@
+"""Data cards: what they say when they are right, and what is said when they are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlhf_kit.data_cards import DataCard, HubSource, load_card, template_columns
+from rlhf_kit.errors import InputError
+from rlhf_kit.marked_yaml import write_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "data_cards").glob("*.md"))
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with two data files, as the working directory."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "b.csv").write_text("prompt\nx\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(block: dict, path: str = "card.md", **metadata: object) -> str:
+    """Write a card and return its name."""
+    Path(path).write_text(f"---\n{write_yaml({**metadata, 'rlhf_kit': block})}---\nProse.\n")
+    return path
+
+
+def problems(block: dict) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load_card(write(block))
+    return list(caught.value.problems)
+
+
+class TestReading:
+    def test_what_is_written_is_what_is_there(self, here):
+        """Kind, files, columns, filters and the rest of the front matter; what is not said has its default."""
+        block = {
+            "kind": "prompts", "source": ["a.jsonl", "b.csv"], "columns": {"prompt": "question"}, "heldout": 0.2,
+            "filters": {"max_rows": 3, "where": {"language": ["en", "no"]}}, "on_problem": "drop",
+        }  # fmt: skip
+        card = load_card(write(block, license="mit"))
+        assert (card.name, card.kind, card.sources) == ("card", "prompts", (Path("a.jsonl"), Path("b.csv")))
+        assert (card.columns, card.mapped, card.heldout) == ({"prompt": "question"}, {"prompt"}, 0.2)
+        assert (card.filters.max_rows, card.filters.where, card.on_problem) == (3, {"language": ["en", "no"]}, "drop")
+        assert (card.metadata, card.text) == ({"license": "mit"}, "Prose.")
+        plain = load_card(write({"kind": "text", "source": "a.jsonl"}))
+        assert (plain.columns, plain.heldout, plain.on_problem, plain.format) == ({"text": "text"}, 0.1, "error", None)
+
+    def test_a_card_as_the_hub_has_them(self, here):
+        """Front matter of a dataset card is read whatever it holds; `no` is a language."""
+        front = (
+            "language:\n- no\n- en\nconfigs:\n- config_name: default\n  data_files: x\ndataset_info:\n  features: []\n"
+        )
+        Path("card.md").write_text(f"---\n{front}rlhf_kit: {{kind: prompts, source: a.jsonl}}\n---\n\n---\nmore\n")
+        card = load_card("card.md")
+        assert card.metadata["language"] == ["no", "en"]
+        assert card.text == "---\nmore"
+
+    def test_a_hub_dataset(self, here):
+        """Repository, revision, configuration, split and folder; `heldout` may then be another split."""
+        source = {"hub": "owner/name", "revision": COMMIT, "config": "c", "data_dir": "d", "split": "train"}
+        card = load_card(write({"kind": "preferences", "source": source, "heldout": "test"}))
+        assert card.sources == HubSource("owner/name", COMMIT, "c", "train", "d", None)
+        assert card.heldout == HubSource("owner/name", COMMIT, "c", "test", "d", None)
+        assert str(card.heldout) == f"owner/name/c/d@{COMMIT}[test]"
+
+    def test_heldout_files(self, here):
+        """`heldout` may be a file or files."""
+        card = load_card(write({"kind": "prompts", "source": "a.jsonl", "heldout": "b.csv"}))
+        assert card.heldout == (Path("b.csv"),)
+
+    def test_where_files_are_looked_for(self, here):
+        """In data_root first, then beside the card, then in the working directory."""
+        for folder in ("root", "cards"):
+            Path(folder).mkdir()
+        card = write({"kind": "prompts", "source": "a.jsonl"}, "cards/card.md")
+        assert load_card(card).sources == (Path("a.jsonl"),)
+        Path("cards/a.jsonl").write_text("")
+        assert load_card(card).sources == (Path("cards/a.jsonl"),)
+        Path("root/a.jsonl").write_text("")
+        assert load_card(card, data_root="root").sources == (Path("root/a.jsonl"),)
+
+    def test_templates(self):
+        """Braces name columns; text with other braces is no template."""
+        assert template_columns("{a}\n{b c}") == ("a", "b c")
+        assert template_columns("a") == template_columns("{a") == template_columns("a} {b}") == ()
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"kind": "demo"}, 'card.md:3: rlhf_kit.kind: must be demonstrations, preferences, prompts or text'),
+            ({"kind": ...}, "rlhf_kit.kind: missing, and has no default: demonstrations"),
+            ({"kind": "rankings"}, "rankings are not read yet; write them out as pairs"),
+            ({"source": ...}, "rlhf_kit.source: missing, and has no default: a file"),
+            ({"source": 3}, "rlhf_kit.source: must be a file"),
+            ({"source": "c.jsonl"}, "card.md:4: rlhf_kit.source: there is no file c.jsonl; did you mean a.jsonl?"),
+            ({"source": ["a.jsonl", "nowhere"]}, "card.md:6: rlhf_kit.source[1]: there is no file nowhere"),
+            ({"source": "owner/name"}, "for the Hub dataset write {hub: owner/name, revision: <commit>}"),
+            ({"source": "."}, "is a folder; name the files in it: a.jsonl, b.csv"),
+            ({"source": "card.md"}, "card.md: files end in .jsonl"),
+            ({"source": ["a.jsonl", "a.jsonl"]}, "names a file twice"),
+            ({"source": {"hub": "name", "revision": "x"}}, "must be a Hub dataset, written owner/name"),
+            ({"source": {"hub": "a/b"}}, "rlhf_kit.source.revision: missing"),
+            ({"source": {"hub": "a/b", "revison": "x"}}, "unknown key; did you mean revision?"),
+            ({"columns": {"promt": "q"}}, "prompts have no column promt; did you mean prompt?"),
+            ({"columns": {"question": "prompt"}}, "the order is ours: theirs, so prompt: question"),
+            ({"columns": {"prompt": "{a"}}, "a template names columns in braces"),
+            ({"columns": {"prompt": 3}}, 'must be text; seen 3; in quotes it is text: "3"'),
+            ({"heldout": 1}, "must be a share, at least 0 and less than 1; seen 1"),
+            ({"heldout": True}, "must be a share such as 0.1"),
+            ({"heldout": "a.jsonl"}, "names a file that is also the source"),
+            ({"heldout": "test"}, "there is no file test"),
+            ({"on_problem": "skip"}, 'must be error or drop; seen "skip"'),
+            ({"filters": {"max_row": 3}}, "rlhf_kit.filters.max_row: unknown key; did you mean max_rows?"),
+            ({"filters": {"where": {"a": {"b": 1}}}}, "rlhf_kit.filters.where.a: must be a value or a list of values"),
+            ({"format": "hhh"}, "must be hh"),
+            ({"heldot": 3}, "rlhf_kit.heldot: unknown key; did you mean heldout?"),
+        ],
+    )  # fmt: skip
+    def test_where_what_seen_and_what_would_work(self, here, change, said):
+        """Each fault is one message with its line in the card."""
+        block = {"kind": "prompts", "source": "a.jsonl", **change}
+        messages = problems({key: value for key, value in block.items() if value is not ...})
+        assert len(messages) == 1 and messages[0].startswith("card.md:") and said in messages[0], messages
+
+    def test_all_at_once(self, here):
+        """Faults of different keys come together."""
+        assert (
+            len(problems({"kind": "prompts", "source": "no.jsonl", "heldout": 2, "x": 1, "columns": {"y": "z"}})) == 4
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("", "card.md: is empty"),
+            ("# Title\n", "card.md:1: a data card begins with front matter"),
+            ("---\na: 1\n", "card.md:1: the front matter has no end"),
+            ("---\na: 1\n---\n", "card.md:2: the front matter has no block rlhf_kit"),
+            ("---\nkind: prompts\nsource: x\n---\n", "indent kind and source below rlhf_kit:"),
+            ("---\nrlhf-kit: {}\n---\n", "card.md:2: rlhf-kit: unknown key; did you mean rlhf_kit?"),
+            ("---\nrlhf_kit: 3\n---\n", "card.md:2: rlhf_kit: must be a mapping; seen 3"),
+            ("---\nlicense: mit\nrlhf_kit:\n  kind: a: b\n---\n", "card.md:4: not YAML"),
+        ],
+    )
+    def test_front_matter(self, here, text, said):
+        """A card without front matter, or without our block in it, is told how one begins."""
+        Path("card.md").write_text(text)
+        with pytest.raises(InputError) as caught:
+            load_card("card.md")
+        assert len(caught.value.problems) == 1 and said in str(caught.value)
+
+    def test_hh_columns(self, here):
+        """Transcripts have other columns than rows with a prompt."""
+        block = {"kind": "demonstrations", "source": "a.jsonl", "format": "hh"}
+        assert load_card(write(block)).columns == {"transcript": "chosen"}
+        assert "did you mean transcript?" in problems({**block, "columns": {"transcrip": "x"}})[0]
+        assert "hh transcripts have no kind text" in problems({**block, "kind": "text"})[0]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_cards_that_ship(path, monkeypatch):
+    """They are dataset cards with a licence, a language and prose, and all but the template can be read."""
+    monkeypatch.chdir(ROOT)
+    front = yaml.safe_load(path.read_text().split("---\n")[1])
+    assert {"pretty_name", "license", "language", "annotations_creators"} <= set(front)
+    if path.name != "TEMPLATE.md":
+        assert len(load_card(path).text) > 300
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+    | st.sampled_from(["a.jsonl", "prompts", "text", "hh", "drop", "a/b", ".", "{a}", "prompt"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["hub", "revision", "split", "where", "prompt", "x"]), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+KEYS = st.sampled_from(["kind", "source", "format", "columns", "heldout", "filters", "on_problem", "x"])
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(change=st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_block_is_a_card_or_wrong_input(here, change):
+    """Whatever stands in the block: a card, or InputError with one-line messages, and nothing else."""
+    path = write({"kind": "prompts", "source": "a.jsonl", **change})
+    try:
+        assert isinstance(load_card(path), DataCard)
+    except InputError as error:
+        assert error.problems and all(line and "\n" not in line for line in error.problems)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text() | st.builds("---\n{}\n---\n".format, st.text()))
+def test_any_text_is_a_card_or_wrong_input(here, text):
+    """Whatever the file holds: InputError with one-line messages, and nothing else."""
+    Path("card.md").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError) as caught:
+        load_card("card.md")
+    assert all(line and "\n" not in line for line in caught.value.problems)

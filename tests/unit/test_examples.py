@@ -1,0 +1,594 @@
+"""Rows: every one kept, or dropped and counted with a reason; nothing on both sides of the split."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlhf_kit.data_cards import load_card
+from rlhf_kit.errors import InputError
+from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Text, load_examples, prompts_of
+from rlhf_kit.marked_yaml import write_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS = ROOT.parent / "shared" / "assets" / "data"
+with_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="the real data is not here (../shared/assets)")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(rows: Iterable | None, kind: str, file: str = "d.jsonl", **block: object) -> Examples:
+    """Write rows as JSON lines, a card over them, and return what it yields. No rows held out unless asked for."""
+    if rows is not None:
+        Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("c.md").write_text(
+        f"---\n{write_yaml({'rlhf_kit': {'kind': kind, 'source': file, 'heldout': 0, **block}})}---\n"
+    )
+    return load_examples(load_card("c.md"))
+
+
+def wrong(rows: Iterable | None, kind: str, **block: object) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load(rows, kind, **block)
+    return list(caught.value.problems)
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+class TestKinds:
+    def test_demonstrations(self, here):
+        """Prompt and completion as they are written, white space too."""
+        (row,) = load([{"prompt": "Q\n", "completion": " A"}], "demonstrations").train
+        assert row == Demonstration("Q\n", " A", "d.jsonl:1")
+
+    def test_preferences(self, here):
+        """With margin and annotator where there are any."""
+        rows = [
+            {"prompt": "Q", "chosen": "a", "rejected": "b", "margin": 2, "annotator": 7},
+            {"prompt": "Q", "chosen": "a", "rejected": "b", "margin": None, "annotator": ""},
+        ]
+        assert load(rows, "preferences").train == [
+            Preference("Q", "a", "b", "d.jsonl:1", 2.0, "7"),
+            Preference("Q", "a", "b", "d.jsonl:2", None, None),
+        ]
+
+    def test_prompts_and_text(self, here):
+        """One column each."""
+        assert load([{"prompt": "Q"}], "prompts").train == [PromptRow("Q", "d.jsonl:1")]
+        assert load([{"text": "T"}], "text").train == [Text("T", "d.jsonl:1")]
+
+    def test_columns(self, here):
+        """Their names, and templates over several; the ends of what a template makes carry no white space."""
+        rows = [{"ask": "Add", "with": "1, 2", "say": " 3 "}, {"ask": "Sing", "with": "", "say": "la"}]
+        columns = {"prompt": "{ask}\n{with}", "completion": "say"}
+        found = load(rows, "demonstrations", columns=columns).train
+        assert [(row.prompt, row.completion) for row in found] == [("Add\n1, 2", " 3 "), ("Sing", "la")]
+
+    def test_a_template_does_not_fill_in_twice(self, here):
+        """Braces in the data stay as they are."""
+        (row,) = load([{"a": "{b}", "b": "{a}"}], "prompts", columns={"prompt": "{a} {b}"}).train
+        assert row.prompt == "{b} {a}"
+
+
+class TestChat:
+    def test_a_prompt_of_messages(self, here):
+        """Messages keep role and content, and nothing else."""
+        prompt = [{"role": "system", "content": "Be brief."}, {**user("Q"), "name": "me"}]
+        (row,) = load([{"prompt": prompt, "completion": "A"}], "demonstrations").train
+        assert row.prompt == [{"role": "system", "content": "Be brief."}, user("Q")]
+
+    def test_explicit_prompt(self, here):
+        """trl's form: messages as the prompt, one message each as the answers."""
+        row = {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+        assert load([row], "preferences").train == [Preference([user("Q")], "a", "b", "d.jsonl:1")]
+
+    def test_implicit_prompt(self, here):
+        """trl's other form: whole dialogues; what comes before the last answer is the prompt."""
+        begin = [user("Q"), assistant("A"), user("R")]
+        row = {"chosen": [*begin, assistant("a")], "rejected": [*begin, assistant("b")]}
+        assert load([row], "preferences").train == [Preference(begin, "a", "b", "d.jsonl:1")]
+
+    def test_whole_dialogues_beside_a_text_prompt(self, here):
+        """UltraFeedback's form: the prompt as text, and again in the dialogues."""
+        row = {"prompt": "Q", "chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistant("b")]}
+        assert load([row], "preferences").train[0].prompt == [user("Q")]
+        assert "is not in the dialogue" in wrong([{**row, "prompt": "other"}], "preferences")[0]
+
+    def test_a_dialogue_as_demonstration(self, here):
+        """A column of messages, also in ShareGPT's words, is prompt and completion at once."""
+        talk = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+        (row,) = load([{"talk": talk}], "demonstrations", columns={"completion": "talk"}).train
+        assert (row.prompt, row.completion) == ([user("Q")], "A")
+
+    @pytest.mark.parametrize(
+        ("row", "said"),
+        [
+            (
+                {"chosen": [user("Q"), assistant("a")], "rejected": [user("R"), assistant("b")]},
+                "differ before the last",
+            ),
+            ({"chosen": [user("Q")], "rejected": [user("Q")]}, "must end with the assistant's message"),
+            ({"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": "b"}, "chosen must be text; seen [{"),
+            ({"prompt": [assistant("Q")], "chosen": "a", "rejected": "b"}, "nothing to answer"),
+            (
+                {"prompt": [{"role": "tool", "content": ""}], "chosen": "a", "rejected": "b"},
+                "system, user or assistant; seen tool",
+            ),
+            (
+                {"prompt": [user(None)], "chosen": "a", "rejected": "b"},
+                "content of a message must be text; seen nothing",
+            ),
+            ({"prompt": ["Q"], "chosen": "a", "rejected": "b"}, 'must be text or messages; seen ["Q"]'),
+            ({"prompt": [], "chosen": "a", "rejected": "b"}, "empty prompt"),
+            ({"prompt": [user(" ")], "chosen": "a", "rejected": "b"}, "empty prompt"),
+        ],
+    )
+    def test_what_is_no_dialogue(self, here, row, said):
+        """Each is told with file and line."""
+        message, _ = wrong([row], "preferences")
+        assert message.startswith("d.jsonl:1: ") and said in message
+
+
+class TestTranscripts:
+    def test_turns(self, here):
+        """The last answer is what follows the last Assistant:, white space around turns is not theirs."""
+        begin = "\n\nHuman: Hi\nthere \n\nAssistant: Yes?\n\nHuman: Q\n\nAssistant:"
+        row = {"chosen": f"{begin} a\n\nmore ", "rejected": f"{begin} b"}
+        prompt = [user("Hi\nthere"), assistant("Yes?"), user("Q")]
+        assert load([row], "preferences", format="hh").train == [Preference(prompt, "a\n\nmore", "b", "d.jsonl:1")]
+        assert load([row], "demonstrations", format="hh").train == [Demonstration(prompt, "a\n\nmore", "d.jsonl:1")]
+        assert load([row], "prompts", format="hh", columns={"transcript": "rejected"}).train[0].prompt == prompt
+
+    def test_shared_answer_text_is_no_prompt(self, here):
+        """Answers that begin alike differ from their first word on, not from the first that differs."""
+        begin = "\n\nHuman: Q\n\nAssistant:"
+        (row,) = load([{"chosen": f"{begin} I will", "rejected": f"{begin} I won't"}], "preferences", format="hh").train
+        assert (row.prompt, row.chosen, row.rejected) == ([user("Q")], "I will", "I won't")
+
+    def test_speakers_within_a_turn_and_twice_in_a_row(self, here):
+        """Human: within a line is text; a speaker's turns in a row are one message."""
+        (row,) = load(
+            [{"chosen": "\n\nHuman: a Human: b\n\nHuman: c\n\nAssistant: d"}], "demonstrations", format="hh"
+        ).train
+        assert row.prompt == [user("a Human: b\n\nc")]
+
+    @pytest.mark.parametrize(
+        ("chosen", "said"),
+        [
+            ("\n\nHuman: Q", "the last turn of a transcript must be the Assistant's"),
+            ("Hello\n\nHuman: Q\n\nAssistant: A", "must begin with Human:"),
+            ("\n\nAssistant: A", "must begin with Human:"),
+            ("no transcript", "must begin with Human:"),
+            ("\n\nHuman: Q\n\nAssistant: ", "the last answer of transcript (column chosen) is empty"),
+            ("\n\nHuman: \n\nAssistant: A", "empty prompt"),
+            ("\n\nHuman: Q\n\nAssistant: A\n\nAssistant: B", "nothing to answer"),
+        ],
+    )
+    def test_what_is_no_transcript(self, here, chosen, said):
+        """Each is told with file and line."""
+        message, _ = wrong([{"chosen": chosen}], "demonstrations", format="hh")
+        assert message == f"d.jsonl:1: {said}" or said in message
+
+    def test_a_forgotten_format(self, here):
+        """Transcripts without `format: hh` are recognised."""
+        (message,) = wrong([{"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "b"}], "preferences")
+        assert "write format: hh" in message
+
+
+class TestRules:
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            ({"prompt": "", "chosen": "a", "rejected": "b"}, "empty prompt"),
+            ({"prompt": "Q", "chosen": "\n ", "rejected": "b"}, "empty chosen"),
+            ({"prompt": "Q", "chosen": "a", "rejected": ""}, "empty rejected"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "a "}, "chosen equal to rejected"),
+            ({"prompt": "Q", "chosen": 3, "rejected": "b"}, "non-text cell"),
+            ({"prompt": None, "chosen": "a", "rejected": "b"}, "non-text cell"),
+            ({"prompt": "Q", "chosen": "a"}, "missing column"),
+            ({"prompt": "Q\ud800", "chosen": "a", "rejected": "b"}, "text that is not Unicode"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "much"}, "margin is no number"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": True}, "margin is no number"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is no number"),
+        ],
+    )
+    def test_error_or_counted(self, here, row, reason):
+        """A row that breaks a rule is an error with its line; with on_problem: drop it is left out and counted."""
+        good = {"prompt": "Q", "chosen": "a", "rejected": "b"}
+        first, summary = wrong([good, row], "preferences")
+        assert first.startswith("d.jsonl:2: ")
+        assert summary.startswith(f"c.md: 1 × {reason} in 2 rows") and "on_problem: drop" in summary
+        assert load([good, row], "preferences", on_problem="drop").counts == {
+            "read": 2,
+            "kept": 1,
+            f"dropped: {reason}": 1,
+        }
+
+    def test_the_first_five_are_shown(self, here):
+        """And all are counted by reason."""
+        messages = wrong([{"prompt": ""}] * 7 + [{"prompt": 1}, {"prompt": "x"}], "prompts")
+        assert len(messages) == 6
+        assert "7 × empty prompt, 1 × non-text cell in 9 rows" in messages[-1]
+
+    def test_nothing_left(self, here):
+        """A card of which every row is left out is an error that says why."""
+        (message,) = wrong([{"prompt": ""}], "prompts", on_problem="drop")
+        assert message == "c.md: no row is left to train on: of 1 read 1 × empty prompt"
+
+
+class TestFilters:
+    ROWS = [{"prompt": str(n), "language": "no" if n % 2 else "en", "ok": n > 2} for n in range(6)]  # noqa: RUF012
+
+    def test_where(self, here):
+        """A value or one of several; what is filtered is counted by column; true is not 1."""
+        found = load(self.ROWS, "prompts", filters={"where": {"language": "no"}})
+        assert [row.prompt for row in found.train] == ["1", "3", "5"]
+        assert found.counts == {"read": 6, "kept": 3, "dropped: filters.where.language": 3}
+        both = load(self.ROWS, "prompts", filters={"where": {"language": ["en", "no"], "ok": True}})
+        assert [row.prompt for row in both.train] == ["3", "4", "5"]
+        assert "no row is left" in wrong(self.ROWS, "prompts", filters={"where": {"ok": 1}})[0]
+
+    def test_max_rows(self, here):
+        """The first rows that pass `where`; nothing is read after them."""
+        found = load(self.ROWS, "prompts", filters={"max_rows": 2, "where": {"language": "no"}})
+        assert [row.prompt for row in found.train] == ["1", "3"]
+        assert found.counts == {"read": 4, "kept": 2, "dropped: filters.where.language": 2}
+
+    def test_an_unknown_column(self, here):
+        """A filter on a column that is not there is an error."""
+        (message,) = wrong(self.ROWS, "prompts", filters={"where": {"langage": "no"}})
+        assert message.endswith("filters.where of c.md names; did you mean language?")
+
+
+class TestSplit:
+    def test_a_prompt_is_on_one_side(self, here):
+        """Rows of one prompt stay together, in order, and about the share asked for is held out."""
+        rows = [{"prompt": f"Q{n % 500}", "completion": str(n)} for n in range(1000)]
+        found = load(rows, "demonstrations", heldout=0.2)
+        train, heldout = ({row.prompt for row in side} for side in (found.train, found.heldout))
+        assert not train & heldout and len(found.train) + len(found.heldout) == 1000
+        assert 60 < len(heldout) < 140  # 500 prompts, each with probability 0.2: 100 and 4.5 standard deviations
+        assert [int(row.completion) for row in found.train] == sorted(int(row.completion) for row in found.train)
+
+    def test_the_same_prompts_in_every_card(self, here):
+        """Cards of different kinds with the same share hold the same prompts out."""
+        prompts = [f"Q{n}" for n in range(100)]
+        asked = load([{"prompt": p} for p in prompts], "prompts", heldout=0.3)
+        shown = load([{"prompt": p, "completion": "A"} for p in reversed(prompts)], "demonstrations", heldout=0.3)
+        assert {row.prompt for row in asked.heldout} == {row.prompt for row in shown.heldout}
+
+    @pytest.mark.parametrize("share", [0.001, 0.999])
+    def test_both_sides_have_something(self, here, share):
+        """Of a few prompts that would all fall on one side one is put on the other; of one prompt none."""
+        found = load([{"prompt": f"Q{n}"} for n in range(5)], "prompts", heldout=share)
+        assert sorted((len(found.train), len(found.heldout))) == [1, 4]
+        assert load([{"prompt": "Q"}], "prompts", heldout=share).heldout == []
+
+    def test_heldout_file(self, here):
+        """Rows of another file; a training prompt that is also in it is dropped and counted."""
+        Path("h.jsonl").write_text('{"prompt": "a"}\n{"prompt": "z"}\n')
+        found = load([{"prompt": p} for p in "abc"], "prompts", heldout="h.jsonl")
+        assert [row.prompt for row in found.train] == ["b", "c"]
+        assert [row.where for row in found.heldout] == ["h.jsonl:1", "h.jsonl:2"]
+        assert found.counts == {"read": 5, "kept": 4, "dropped: prompt is also held out": 1}
+
+
+class TestHash:
+    def test_it_depends_on_what_is_learned_from(self, here):
+        """The same rows have the same hash wherever they are; another word, order or split has another."""
+        rows = [{"prompt": f"Q{n}", "completion": "A"} for n in range(9)]
+        first = load(rows, "demonstrations")
+        Path("other.jsonl").write_text(Path("d.jsonl").read_text().replace("\n", "\n\n"))
+        assert load(None, "demonstrations", file="other.jsonl").content_hash == first.content_hash
+        hashes = {
+            first.content_hash,
+            load(rows[::-1], "demonstrations").content_hash,
+            load(rows, "demonstrations", heldout=0.5).content_hash,
+            load([*rows[:-1], {"prompt": "Q8", "completion": "B"}], "demonstrations").content_hash,
+        }
+        assert len(hashes) == 4
+
+
+class TestPrompts:
+    def test_each_once(self, here):
+        """Prompts of any kind with prompts; repeated ones are left out and counted."""
+        rows = [{"prompt": p, "completion": "A"} for p in "abab"] + [{"prompt": "", "completion": "A"}]
+        found = prompts_of(load(rows, "demonstrations", on_problem="drop"))
+        assert found.train == [PromptRow("a", "d.jsonl:1"), PromptRow("b", "d.jsonl:2")]
+        assert found.counts == {"read": 5, "kept": 2, "dropped: empty prompt": 1, "dropped: repeated prompt": 2}
+
+    def test_text_has_none(self, here):
+        """Texts are no prompts."""
+        with pytest.raises(InputError, match="rows of kind text have no prompts"):
+            prompts_of(load([{"text": "T"}], "text"))
+
+
+ROWS = [{"prompt": 'Q "1",\n2', "completion": "A"}, {"prompt": "Frage ß", "completion": " ja"}]
+
+
+def write_file(name: str) -> None:
+    """Write ROWS in the format that the name says."""
+    opened = gzip.open if name.endswith(".gz") else open
+    kind = name.lower().removesuffix(".gz")
+    if kind.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), name)
+        return
+    with opened(name, "wt", encoding="utf-8", newline="") as file:
+        if kind.endswith((".jsonl", ".ndjson")):
+            file.write("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS))
+        elif kind.endswith(".json"):
+            json.dump(ROWS, file, indent=1)
+        else:
+            writer = csv.DictWriter(file, ["prompt", "completion"], delimiter="\t" if ".tsv" in kind else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("name", "lines"),
+        [
+            ("d.jsonl", [1, 2]),
+            ("d.ndjson", [1, 2]),
+            ("d.json", [2, 6]),
+            ("d.csv", [2, 4]),
+            ("d.tsv", [2, 4]),
+            ("d.parquet", [1, 2]),
+            ("d.jsonl.gz", [1, 2]),
+            ("d.json.gz", [2, 6]),
+            ("d.csv.gz", [2, 4]),
+            ("D.JSONL", [1, 2]),
+        ],
+    )
+    def test_every_format_gives_the_same_rows(self, here, name, lines):
+        """With the line on which each row begins (the row's number in Parquet)."""
+        write_file(name)
+        assert load(None, "demonstrations", file=name).train == [
+            Demonstration(row["prompt"], row["completion"], f"{name}:{line}")
+            for row, line in zip(ROWS, lines, strict=True)
+        ]
+
+    def test_json_lines_that_are_called_json(self, here):
+        """A .json file of one object after another is read as what it is."""
+        Path("d.json").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+        assert [row.where for row in load(None, "prompts", file="d.json").train] == ["d.json:1", "d.json:2"]
+
+    def test_a_byte_order_mark_and_empty_lines(self, here):
+        """Neither is a row."""
+        Path("d.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n  \n{"prompt": "b"}')
+        assert [row.where for row in load(None, "prompts").train] == ["d.jsonl:1", "d.jsonl:4"]
+
+    def test_several_files(self, here):
+        """One after the other."""
+        Path("e.jsonl").write_text('{"prompt": "b"}')
+        found = load([{"prompt": "a"}], "prompts", source=["d.jsonl", "e.jsonl"])
+        assert [row.where for row in found.train] == ["d.jsonl:1", "e.jsonl:1"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("d.jsonl", b"", "d.jsonl: is empty"),
+            ("d.jsonl", b"\n\n", "d.jsonl: is empty"),
+            ("d.json", b"[]", "d.json: is empty"),
+            ("d.csv", b"prompt\n", "d.csv: is empty"),
+            (
+                "d.jsonl",
+                b'{"prompt": "a"}\n{"prom',
+                "d.jsonl:2: not a line of JSON: Unterminated string starting at; is the file",
+            ),
+            ("d.jsonl", b'{"prompt": "a"},\n', "d.jsonl:1: not a line of JSON: Extra data"),
+            ("d.jsonl", b"[\n", "d.jsonl:1: is a JSON list and not JSON lines; let its name end in .json"),
+            ("d.jsonl", b'["a"]\n', 'd.jsonl:1: a row is an object such as {"prompt": "..."}; seen ["a"]'),
+            ("d.jsonl", b"[" * 100_000, "d.jsonl:1: not a line of JSON: nested too deeply"),
+            ("d.jsonl", b'{"prompt": "\xff"}', "d.jsonl:1: byte 13 of the line is not UTF-8"),
+            ("d.json", b'[{"prompt": "a"},\n{"prompt": "b"}', "d.json:2: the list has no end"),
+            ("d.json", b'[{"prompt": "a"}] x', "d.json:1: there is more behind the end"),
+            ("d.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "d.json:2: not JSON: Expecting ':' delimiter"),
+            ("d.json", b'{"data": [{"prompt": "a"}]}', "d.json:1: there is no column prompt; columns: data"),
+            ("d.csv", b'prompt\n"a', "d.csv:2: not CSV: unexpected end of data; is a quote not closed"),
+            ("d.csv", b"prompt,x\na\n", "d.csv:2: 1 cells under a header of 2"),
+            ("d.csv", b"prompt,prompt\na,b\n", "d.csv:1: the header names column prompt twice"),
+            (
+                "d.csv",
+                b"prompt;x\na;b\n",
+                "d.csv:2: there is no column prompt; did you mean prompt;x? (columns: prompt;x)",
+            ),
+            ("d.jsonl.gz", b"no gzip", "d.jsonl.gz:1: not a sound gzip file: Not a gzipped file"),
+            (
+                "d.jsonl.gz",
+                gzip.compress(b'{"prompt": "a"}\n')[:-9],
+                "d.jsonl.gz:2: the compressed file is cut off here",
+            ),
+            (
+                "d.jsonl.gz",
+                gzip.compress(b'{"prompt": "a"}\n')[:-8] + bytes(8),
+                "d.jsonl.gz:2: not a sound gzip file: CRC",
+            ),
+            ("d.jsonl.gz", gzip.compress(b"x" * (2**26 + 1)), "d.jsonl.gz:1: the line is longer than 67,108,864 bytes"),
+            ("d.parquet", b"PAR1xxxxPAR1", "d.parquet:1: not a sound Parquet file"),
+        ],
+    )
+    def test_broken_files(self, here, name, content, said):
+        """Each is one message with the line, whatever the card says about rows."""
+        Path(name).write_bytes(content)
+        (message,) = wrong(None, "prompts", source=name, on_problem="drop")
+        assert message.startswith(said)
+
+    def test_missing_column(self, here):
+        """Named with the columns that are there and how to map them."""
+        rows = [{"question": "Q", "answer": "A"}]
+        assert wrong(rows, "demonstrations") == [
+            "d.jsonl:1: there is no column prompt; columns: answer, question; "
+            "map it in c.md: columns: {prompt: <their name>}",
+            "d.jsonl:1: there is no column completion; columns: answer, question; "
+            "map it in c.md: columns: {completion: <their name>}",
+        ]
+        (message,) = wrong(rows, "demonstrations", columns={"prompt": "question", "completion": "anwser"})
+        assert message == (
+            "d.jsonl:1: there is no column anwser, which the card takes for completion; did you mean answer? "
+            "(columns: question, answer)"
+        )
+
+
+class TestHub:
+    def test_a_dataset_is_read_through_datasets(self, here, monkeypatch):
+        """With everything that the card says of it; rows are named by dataset, revision, split and number."""
+        datasets = pytest.importorskip("datasets")
+        asked = []
+
+        def load_dataset(*arguments, **named):
+            asked.append((arguments, named))
+            return datasets.Dataset.from_list([{"prompt": "Q" + named["split"]}])
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        source = {"hub": "a/b", "revision": "v1", "config": "c", "data_files": ["x", "y"]}
+        found = load(None, "prompts", source=source, heldout="test")
+        assert found.train == [PromptRow("Qtrain", "a/b/c@v1[train]:1")]
+        assert found.heldout == [PromptRow("Qtest", "a/b/c@v1[test]:1")]
+        more = {"data_dir": None, "data_files": ["x", "y"], "revision": "v1"}
+        assert asked == [(("a/b", "c"), {**more, "split": "train"}), (("a/b", "c"), {**more, "split": "test"})]
+
+    def test_one_that_cannot_be_had(self, here):
+        """No network, no such dataset or split: one message."""
+        code = (
+            "from rlhf_kit.data_cards import load_card\nfrom rlhf_kit.examples import load_examples\n"
+            "from rlhf_kit.errors import InputError\n"
+            "try:\n    load_examples(load_card('c.md'))\nexcept InputError as error:\n    print(error)\n"
+        )
+        block = {"rlhf_kit": {"kind": "prompts", "source": {"hub": "nobody/nothing", "revision": "v1"}}}
+        Path("c.md").write_text(f"---\n{write_yaml(block)}---\n")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(here)}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.stdout.startswith("nobody/nothing@v1[train]: cannot be had from the Hub: "), result.stderr
+        assert len(result.stdout.splitlines()) == 1
+
+
+@with_assets
+class TestRealData:
+    """Cards of tests/cards over real human data: no row is lost unexplained."""
+
+    @pytest.fixture(autouse=True)
+    def at_the_root(self, monkeypatch):
+        monkeypatch.chdir(ROOT)
+
+    @pytest.mark.parametrize(
+        ("name", "counts"),
+        [
+            (
+                "hh_preferences",
+                {
+                    "read": 2312,
+                    "kept": 2303,
+                    "dropped: transcripts differ before the last answer": 5,
+                    "dropped: empty chosen": 4,
+                },
+            ),
+            (
+                "hh_demonstrations",
+                {"read": 2312, "kept": 2304, "dropped: empty completion": 4, "dropped: prompt ends with an answer": 4},
+            ),
+            ("hh_prompts", {"read": 2312, "kept": 2308, "dropped: prompt ends with an answer": 4}),
+            ("polite_preferences", {"read": 1100, "kept": 1094, "dropped: chosen equal to rejected": 6}),
+            ("instruction_demonstrations", {"read": 1100, "kept": 1100}),
+            ("tinystories_text", {"read": 2316, "kept": 2316}),
+        ],
+    )
+    def test_every_row_is_explained(self, name, counts):
+        """What is kept and what is dropped for each reason, as counted by hand from the files."""
+        found = load_examples(load_card(f"tests/cards/{name}.md"))
+        assert found.counts == counts
+        assert len(found.train) + len(found.heldout) == counts["kept"]
+
+    def test_transcripts_put_together_again(self):
+        """Prompt and answers, written as a transcript, are the file's own text up to white space."""
+        found = load_examples(load_card("tests/cards/hh_preferences.md"))
+        lines = (ASSETS / "hh-rlhf-harmless-test" / "test.jsonl").read_text().splitlines()
+        speakers = {"user": "Human", "assistant": "Assistant"}
+        for row in [*found.train, *found.heldout]:
+            theirs = json.loads(lines[int(row.where.rpartition(":")[2]) - 1])
+            for name in ("chosen", "rejected"):
+                turns = [*row.prompt, assistant(getattr(row, name))]
+                ours = "".join(f"\n\n{speakers[turn['role']]}: {turn['content']}" for turn in turns)
+                merged = theirs[name].replace("\n\nHuman:", "").replace("\n\nAssistant:", "")
+                assert ours.replace("\n\nHuman:", "").replace("\n\nAssistant:", "").split() == merged.split()
+
+
+# ---------------------------------------------------------------- whatever is in the file
+
+CELLS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["Q", "a", "\n\nHuman: Q\n\nAssistant: A", "\ud800", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "x"]), "content": inner})
+        | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+NAMES = ["a\nb", "prompt", "completion", "chosen", "rejected", "text", "margin", "annotator"]
+ANY_ROWS = st.lists(st.dictionaries(st.sampled_from(NAMES), CELLS, min_size=3), max_size=6)
+KINDS = st.sampled_from(["demonstrations", "preferences", "prompts", "text"])
+anything = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@anything
+@given(
+    rows=ANY_ROWS,
+    kind=KINDS,
+    hh=st.booleans(),
+    heldout=st.sampled_from([0, 0.3, 0.9]),
+    problem=st.sampled_from(["error", "drop"]),
+)
+def test_any_rows_are_accounted_for(here, rows, kind, hh, heldout, problem):
+    """Whatever the cells hold: every row kept or counted as dropped, or InputError with one-line messages."""
+    block = {"format": "hh"} if hh and kind != "text" else {}
+    try:
+        found = load(rows, kind, heldout=heldout, on_problem=problem, **block)
+    except InputError as error:
+        assert error.problems and all(line and "\n" not in line for line in error.problems)
+        return
+    dropped = sum(number for reason, number in found.counts.items() if reason.startswith("dropped: "))
+    assert found.counts["read"] == len(rows) == found.counts["kept"] + dropped
+    assert found.counts["kept"] == len(found.train) + len(found.heldout)
+
+
+@anything
+@given(
+    content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode),
+    name=st.sampled_from(["d.jsonl", "d.json", "d.csv", "d.parquet", "d.jsonl.gz"]),
+)
+def test_any_bytes_are_rows_or_wrong_input(here, content, name):
+    """Whatever the file holds: rows, or InputError with one-line messages, and nothing else."""
+    Path(name).write_bytes(content)
+    try:
+        load(None, "prompts", file=name)
+    except InputError as error:
+        assert error.problems and all(line and "\n" not in line for line in error.problems)
