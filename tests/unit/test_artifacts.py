@@ -61,6 +61,15 @@ class TestWriting:
             artifacts.write_json(path, {"new": True})
         assert artifacts.read_json(path) == {"old": True}
 
+    def test_a_file_is_replaced_and_not_written_over(self, tmp_path):
+        """Who has the old file open goes on reading the old content, and nothing temporary stays."""
+        path = tmp_path / "x.json"
+        artifacts.write_json(path, {"old": True})
+        with path.open() as reader:
+            artifacts.write_json(path, {"new": True})
+            assert json.load(reader) == {"old": True}
+        assert artifacts.read_json(path) == {"new": True} and list(tmp_path.iterdir()) == [path]
+
     def test_nan_is_refused(self, tmp_path):
         """A number that JSON has no word for does not reach a file."""
         with pytest.raises(ValueError, match="not JSON compliant"):

@@ -327,8 +327,8 @@ class TestRefused:
 
     def test_a_scoring_function_is_imported_before_the_first_stage(self, world):
         """A reward function that is not there is found before SFT has begun."""
-        with pytest.raises(InputError, match="no_such_module:score"):
-            world.run("stages.ppo.reward=no_such_module:score")
+        with pytest.raises(InputError, match=r"rlhf_kit\.errors has no 'score'"):
+            world.run("stages.ppo.reward=rlhf_kit.errors:score")
         assert world.calls == [] and not world.out.exists()
 
     @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
