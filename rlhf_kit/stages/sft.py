@@ -23,6 +23,9 @@ from rlhf_kit.recipe import SFTStage
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.training import Training, Watched, batches_of_like_length, evaluating, without_dropout
 
+HELDOUT = 1024
+"""Held-out rows at most, taken at random, that the loss is measured on."""
+
 
 def run(job: Job) -> Outcome:
     """Tune an adapter on demonstrations or texts; `adapter/` is the result."""
@@ -70,7 +73,9 @@ def run(job: Job) -> Outcome:
 
     def loss_on_heldout() -> float:
         assert heldout is not None
-        return heldout_loss(job, model, heldout.rows, collate)
+        generator = torch.Generator().manual_seed(derived_seed(job.recipe.seed, job.name, "heldout"))
+        picked = torch.randperm(len(heldout.rows), generator=generator)[:HELDOUT].tolist()
+        return heldout_loss(job, model, [heldout.rows[row] for row in picked], collate)
 
     if heldout and not training.first:
         training.carried["sft/heldout_loss_before"] = loss_on_heldout()
