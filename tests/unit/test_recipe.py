@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -186,10 +187,38 @@ class TestPaths:
         assert load_recipe("recipe.yaml", ["base.trust_remote_code=true"]).base.trust_remote_code
         (message,) = problems("base.model=a/b", "base.trust_remote_code=true")
         assert "commit of 40 hex digits; seen main" in message
+        (message,) = problems("base.model=a/b", "base.trust_remote_code=true", f"base.revision='{41 * '0'}'")
+        assert "commit of 40 hex digits" in message
         commit = "0123456789abcdef0123456789abcdef01234567"
         assert load_recipe(
             "recipe.yaml", ["base.model=a/b", "base.trust_remote_code=true", f"base.revision='{commit}'"]
         )
+
+
+class TestChain:
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("stages.reward.init=ppo", "stages.reward.init: stage ppo comes later in the file"),
+            ("stages.sft.init=sft", "stages.sft.init: a stage cannot build on itself"),
+            ("stages.sft.init=reward", "stages.sft.init: stage reward comes later in the file"),
+            ("stages.ppo.policy=reward", "must name a stage of kind sft or ppo; reward is of kind reward"),
+            ("stages.ppo.reward=sft", "must name a stage of kind reward; sft is of kind sft"),
+            ("stages.reward.init=sfft", "there is no stage sfft; did you mean sft?"),
+        ],
+    )
+    def test_stages_name_earlier_stages_of_the_right_kind(self, workplace, override, said):
+        """Any other reference is an error that says what it refers to."""
+        (message,) = problems(override)
+        assert message.startswith(f"--set {override}: ") and said in message
+
+    def test_the_order_is_that_of_the_file(self, workplace):
+        """The same stages in another order are a chain or not."""
+        head, sft, reward, ppo = re.split("  (?=sft:\n|reward:\n|ppo:\n)", RECIPE)
+        Path("recipe.yaml").write_text("  ".join([head, reward, sft, ppo]))
+        assert problems() == [
+            "recipe.yaml:7: stages.reward.init: stage sft comes later in the file; a stage builds on earlier ones only"
+        ]
 
 
 class TestOverrides:
