@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
 import logging
 import math
 import re
@@ -24,8 +23,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -46,7 +44,8 @@ BASE = "base"
 """The role without an adapter: the pretrained checkpoint itself. It is not the KL reference."""
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_BASE_HASH = "base_sha256"  # key in the metadata of an adapter's weights
+BASE_FILE = "base.json"
+"""Beside an adapter's standard files: the content hash of the base it was trained on, null for one from the Hub."""
 
 
 # ---------------------------------------------------------------- the base
@@ -246,6 +245,10 @@ def add_adapter(
             peft_model = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from error
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise InputError(
+            "adapter.target_modules: names the base's output head, which stays as it is for every role; take it out."
+        )
     if init is not None:
         _copy_lora(peft_model, "default", init, base)
     return peft_model
@@ -255,9 +258,9 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
     """Write one adapter as standard PEFT files, with its head where it has one, naming the base as the recipe does."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
-    metadata = {"format": "pt", _BASE_HASH: base_identity(base)["sha256"] or ""}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata=metadata)
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})  # one key: several come in random order
+    artifacts.write_json(folder / BASE_FILE, {"sha256": base_identity(base)["sha256"]})
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
     config.base_model_name_or_path = base.model
@@ -267,8 +270,9 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
 
 def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> dict[str, Tensor]:
     """Copy an adapter folder's LoRA weights into `role` and return the other tensors of the folder (heads)."""
-    stored, metadata = read_adapter(folder)
-    theirs, ours = metadata.get(_BASE_HASH), base_identity(base)["sha256"]
+    stored = read_adapter(folder)
+    made_on = artifacts.read_json(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
+    theirs, ours = made_on.get("sha256"), base_identity(base)["sha256"]
     if theirs and ours and theirs != ours:
         raise InputError(
             f"{folder}: this adapter was made for another base (content {theirs[:12]}) than {base.model} "
@@ -295,13 +299,12 @@ def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> 
     return {name: tensor for name, tensor in stored.items() if name not in lora}
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of an adapter folder's weights."""
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder: its LoRA weights and, of a reward adapter, its head."""
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: no such file; an adapter folder holds adapter_config.json and {ADAPTER_WEIGHTS}.")
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    return load_file(path)
 
 
 def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -451,11 +454,3 @@ def _logit_adjustment(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     if divisor := getattr(config, "logits_scaling", None):
         return lambda logits: logits / divisor
     return lambda logits: logits
-
-
-def adapter_settings(folder: Path) -> dict[str, Any]:
-    """Return an adapter folder's `adapter_config.json`."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; this is not an adapter folder.")
-    return json.loads(path.read_text())

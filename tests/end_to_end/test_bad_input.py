@@ -347,7 +347,7 @@ def test_without_a_fault_check_finds_none(workplace, capsys):
     """The files that the faults are put into are in order: each fault below is alone."""
     code, out, err = call(capsys, "check", "recipe.yaml")
     assert (code, err) == (0, "")
-    assert "8 rows read" in out and "stage    ppo: ppo after sft reward" in out
+    assert "8 rows read" in out and "stage    ppo: ppo after sft and reward" in out
 
 
 @pytest.mark.parametrize("verb", ["check", "run"])

@@ -222,6 +222,6 @@ def test_stopped_and_run_again(tmp_path, stage):
     assert f"{stage}: was interrupted; going on from its checkpoint" in result.stderr
     chain.run_chain(recipe, tmp_path / "undisturbed")
     for name in ("sft", "reward", "ppo"):
-        resumed, undisturbed = (read_adapter(tmp_path / out / name / "adapter")[0] for out in ("out", "undisturbed"))
+        resumed, undisturbed = (read_adapter(tmp_path / out / name / "adapter") for out in ("out", "undisturbed"))
         assert resumed.keys() == undisturbed.keys()
         assert all(torch.equal(resumed[key], undisturbed[key]) for key in resumed), name

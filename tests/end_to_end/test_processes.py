@@ -16,7 +16,7 @@ STAGES = ("sft", "reward", "ppo")
 
 
 def adapter(out, stage):
-    return read_adapter(out / stage / "adapter")[0]
+    return read_adapter(out / stage / "adapter")
 
 
 def distance(one, other):

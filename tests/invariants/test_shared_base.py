@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_kit import models
+from rlhf_kit import models, recipe
 from rlhf_kit.collate import left_pad, load_text_format
 from rlhf_kit.errors import InputError
 from rlhf_kit.generation import uniforms
@@ -218,3 +218,22 @@ def test_missing_weights_are_refused(tmp_path):
     base = roles.base_settings(folder, "none")
     with pytest.raises(InputError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
         models.load_base(base, load_text_format(base), Accelerator(cpu=True))
+
+
+def test_an_adapter_is_written_the_same_way_every_time(tmp_path):
+    """The same weights make the same files, byte for byte, so that hashes of runs can be compared."""
+    shared, _ = roles.shared_base(tmp_path)
+    for name in ("once", "twice", "thrice"):
+        shared.save("policy", tmp_path / name)
+    for file in sorted(path.name for path in (tmp_path / "once").iterdir()):
+        contents = {(tmp_path / name / file).read_bytes() for name in ("once", "twice", "thrice")}
+        assert len(contents) == 1, file
+
+
+def test_an_adapter_on_the_output_head_is_refused(tmp_path):
+    """Every role reads the base's own output head, so an adapter on it would not be used."""
+    base = roles.base_settings(tiny.make_checkpoint(tmp_path / "model"), "none")
+    model = models.load_base(base, load_text_format(base), Accelerator(cpu=True))
+    adapter = recipe.Adapter(r=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(InputError, match="output head"):
+        models.add_adapter(model, adapter, "CAUSAL_LM", init=None, seed=0, base=base)
