@@ -438,7 +438,7 @@ def _stage_lines(
     recipe: Recipe, name: str, stage: SFTStage | RewardStage | PPOStage, examples: Mapping[str, Examples]
 ) -> list[str]:
     after = recipe.depends_on(name)
-    head = f"stage    {name}: {stage.kind}{f' after {chr(32).join(after)}' if after else ''}, "
+    head = f"stage    {name}: {stage.kind}{' after ' if after else ''}{' and '.join(after)}, "
     if isinstance(stage, PPOStage):
         completions = stage.updates * stage.batch_size
         minibatch = stage.batch_size // stage.minibatches
