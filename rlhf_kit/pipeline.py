@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,7 +84,7 @@ def run(
     text_format = load_text_format(recipe.base)
     for note in text_format.notes:
         say(f"tokenizer: {note}")
-    check_functions(recipe)
+    check_imports(recipe)
     check_lengths(recipe, plan.examples, text_format)
     with StopRequest() as stop, _held(folder, accelerator):
         pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
@@ -169,12 +170,16 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def check_functions(recipe: Recipe) -> None:
-    """Import the Python functions that score, before anything is trained for them.
+def check_imports(recipe: Recipe) -> None:
+    """Look for the trackers and import the functions that score, before anything is trained for them.
 
     Raises:
-        InputError: one cannot be imported or is no function.
+        InputError: one is not installed, cannot be imported or is no function.
     """
+    missing = [name for name in recipe.trackers if find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
     for name, settings in recipe.stages.items():
         if isinstance(settings, PPOStage) and recipe.reward_source(name) == "function":
             scorers.load_function(settings.reward)

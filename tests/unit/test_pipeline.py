@@ -331,6 +331,13 @@ class TestRefused:
             world.run("stages.ppo.reward=rlhf_kit.errors:score")
         assert world.calls == [] and not world.out.exists()
 
+    def test_a_tracker_that_is_not_installed_is_refused_before_the_first_stage(self, world, monkeypatch):
+        """accelerate would leave it out without a word."""
+        monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match="trackers: not installed: mlflow; `pip install mlflow`"):
+            world.run("trackers=[mlflow]")
+        assert world.calls == [] and not world.out.exists()
+
     @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
     def test_splitting_the_base_over_processes_is_refused(self, world, monkeypatch, kind):
         """int8 with FSDP or DeepSpeed is refused with what to use instead."""
