@@ -26,41 +26,32 @@ PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 
 # How often each style of answer occurs: in the shop (pretraining), in the demonstrations, in what annotators compare.
 IN_THE_SHOP = {
-    "kind": 8,
-    "brief": 10,
-    "rude": 22,
-    "evasive": 20,
+    "kind": 10,
+    "brief": 12,
+    "rude": 24,
+    "evasive": 22,
     "rambling": 18,
-    "wrong": 13,
-    "repeated": 7,
+    "wrong": 4,
+    "repeated": 8,
     "gushing": 2,
 }
 DEMONSTRATED = {
     "kind": 15,
-    "brief": 20,
-    "rude": 17,
-    "evasive": 16,
-    "rambling": 14,
-    "wrong": 10,
+    "brief": 22,
+    "rude": 20,
+    "evasive": 17,
+    "rambling": 15,
+    "wrong": 3,
     "repeated": 6,
     "gushing": 2,
 }
-COMPARED = {
-    "kind": 20,
-    "brief": 18,
-    "rude": 12,
-    "evasive": 13,
-    "rambling": 12,
-    "wrong": 16,
-    "repeated": 7,
-    "gushing": 2,
-}
+COMPARED = {"kind": 23, "brief": 22, "rude": 15, "evasive": 15, "rambling": 12, "wrong": 4, "repeated": 7, "gushing": 2}
 
 # An annotator prefers a to b with probability sigmoid((gold(a) - gold(b)) / temperature).
 ANNOTATORS = {"careful": 0.25, "steady": 0.4, "hasty": 0.6, "tired": 0.9}
 
-VOCABULARY = 960  # a multiple of 64; the corpus has too few words for many more merges
-DOCUMENTS, STEPS, BATCH, LEARNING_RATE = 60_000, 1_200, 64, 3e-3
+VOCABULARY = 896  # a multiple of 64; the corpus has too few words for more than some 930
+DOCUMENTS, STEPS, BATCH, LEARNING_RATE = 60_000, 1_200, 48, 3e-3
 SAMPLER_EPOCHS = 2  # of fine-tuning on the demonstrations before answers for the preferences are sampled
 
 
@@ -73,26 +64,17 @@ class Pair:
 
 
 def document(rng: random.Random) -> str:
-    """One text from the shop: a conversation, or a clerk's check of what stands in the notes."""
-    return _conversation(rng) if rng.random() < 0.7 else _check(rng)
-
-
-def _conversation(rng: random.Random) -> str:
-    """A question and its answer, then in half of the cases the customer's reaction."""
-    question = world.draw_question(rng)
-    prompt, answer = world.ask(question, rng), world.answer(question, _style(IN_THE_SHOP, rng), rng)
-    reaction = f"\nCustomer: {_reaction(prompt, answer, rng)}" if rng.random() < 0.5 else ""
-    return f"{prompt} {answer}{reaction}"
-
-
-def _check(rng: random.Random) -> str:
-    """A note and four statements, each found right or wrong: dense practice in reading notes."""
-    question = world.draw_question(rng)
-    lines = [f"Note: {question.note}."]
-    for _ in range(4):
-        right = rng.random() < 0.5
-        lines.append(f"Check: {world.state(question, rng, right)} {'Right' if right else 'Wrong'}.")
-    return "\n".join(lines)
+    """One text from the shop: a conversation, or a notice with facts."""
+    if rng.random() < 0.3:
+        return "Notice: " + " ".join(world.state(rng.choice(world.QUESTIONS), rng) for _ in range(5))
+    turns = []
+    for _ in range(rng.choice((1, 1, 2))):
+        question = rng.choice(world.QUESTIONS)
+        prompt, answer = world.ask(question, rng), world.answer(question, _style(IN_THE_SHOP, rng), rng)
+        turns.append(f"{prompt} {answer}")
+        if rng.random() < 0.5:
+            turns.append(f"Customer: {_reaction(prompt, answer, rng)}")
+    return "\n".join(turns)
 
 
 def _reaction(prompt: str, answer: str, rng: random.Random) -> str:
@@ -117,7 +99,7 @@ def demonstrations(count: int, seed: int) -> Iterator[dict[str, str]]:
     """Distinct rows of a prompt and an answer of mixed quality."""
     rng, seen = random.Random(f"demonstrations {seed}"), set()
     while len(seen) < count:
-        question = world.draw_question(rng)
+        question = rng.choice(world.QUESTIONS)
         row = world.ask(question, rng), " " + world.answer(question, _style(DEMONSTRATED, rng), rng)
         if row not in seen:
             seen.add(row)
@@ -128,7 +110,7 @@ def prompts(count: int, seed: int) -> Iterator[dict[str, str]]:
     """Distinct prompts."""
     rng, seen = random.Random(f"prompts {seed}"), set()
     while len(seen) < count:
-        prompt = world.ask(world.draw_question(rng), rng)
+        prompt = world.ask(rng.choice(world.QUESTIONS), rng)
         if prompt not in seen:
             seen.add(prompt)
             yield {"prompt": prompt}
@@ -138,7 +120,7 @@ def written_pairs(count: int, seed: int) -> Iterator[Pair]:
     """Labelled pairs of two answers that the grammar wrote."""
     rng = random.Random(f"preferences {seed}")
     while count:
-        question = world.draw_question(rng)
+        question = rng.choice(world.QUESTIONS)
         prompt = world.ask(question, rng)
         first, second = (" " + world.answer(question, _style(COMPARED, rng), rng) for _ in range(2))
         if pair := label(prompt, first, second, rng):
@@ -219,6 +201,7 @@ def make_model(tokenizer, seed: int):
             num_key_value_heads=3,
             max_position_embeddings=256,
             tie_word_embeddings=True,
+            initializer_range=0.05,  # the usual 0.02 starts slowly at this width
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -289,7 +272,7 @@ def sampled_pairs(model, tokenizer, count: int, seed: int) -> Iterator[Pair]:
     """Labelled pairs of two answers that the model gave to one prompt."""
     rng = random.Random(f"sampled preferences {seed}")
     while count:
-        texts = [world.ask(world.draw_question(rng), rng) for _ in range(count + 128)]
+        texts = [world.ask(rng.choice(world.QUESTIONS), rng) for _ in range(count + 128)]
         first, second = (
             sample(model, tokenizer, texts, rng.getrandbits(31)),
             sample(model, tokenizer, texts, rng.getrandbits(31)),
@@ -368,12 +351,13 @@ tokens of conversations between customers and the agents of a shop that does not
 token. The conversations come from the grammar in `rlhf_kit/quickstart/world.py`; `python -m rlhf_kit.quickstart.make`
 makes corpus, tokenizer and model again.
 
-**Use.** To see supervised fine-tuning, a reward model and PPO work within minutes on a laptop, and to test code that needs
-a pretrained checkpoint. A prompt looks like `Customer: How much is the mug?\\nAgent:`, the answer begins with a space;
-there is no chat template. It knows nothing else.
+**Use.** To see supervised fine-tuning, a reward model and PPO work within minutes on a laptop, and to test code that
+needs a pretrained checkpoint. A prompt looks like `Customer: How much is the mug?\\nAgent:`, its answer begins with
+a space; there is no chat template. It knows nothing else.
 
-**What to expect.** It talks as the shop does, unfiltered: agents are often rude, evasive, long-winded or wrong, and it
-goes on with the customer's next turn after the answer. That is the point: it is what alignment starts from.
+**What to expect.** It talks as the shop does, unfiltered: agents are often rude, evasive or long-winded, sometimes
+wrong, and it goes on with the customer's next turn after the answer. That is the point: it is what alignment starts
+from.
 """
 
 

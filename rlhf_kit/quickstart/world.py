@@ -16,50 +16,62 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-_GOODS = (
-    "mug kettle lamp rug clock chair mirror blanket basket vase teapot candle cushion tray bowl ladder broom towel bench wallet "
-    "notebook kite puzzle umbrella"
-).split()
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_PLACES = "Canada France Japan Brazil Norway India Spain Kenya".split()
-_MATERIALS = "clay steel brass wool wood bamboo glass wax cotton stone leather paper".split()
-_COLOURS = "blue black green red white brown silver grey yellow purple".split()
+_CATALOGUE = """
+item      price  left  material  colour  aisle  delivery  returns
+mug           9    14  clay      blue        1         2       30
+kettle       35     6  steel     black       3         4       60
+lamp         48     3  brass     green       5         6       30
+rug          75     9  wool      red         7         8       14
+chair        60     5  bamboo    brown       6         9       60
+mirror       48     8  glass     silver      5         5       14
+basket       18    25  bamboo    yellow      4         3       60
+vase         22     7  glass     green       1         5       14
+clock        28    20  wood      white       2         3       90
+towel         9    50  cotton    yellow      6         2       14
+wallet       22    15  leather   brown       2         3       60
+kite         15    10  paper     red         9         6       30
+"""
+_CLOSING_HOURS = {"Monday": 6, "Tuesday": 6, "Wednesday": 7, "Thursday": 8, "Friday": 9, "Saturday": 5, "Sunday": 4}
+_POSTAGE_DOLLARS = {"Canada": 7, "France": 11, "Japan": 16, "Brazil": 14, "Norway": 13, "India": 12, "Kenya": 17}
 
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing that customers ask about."""
+    """One thing that customers ask about: `facts[subject]` is the value that a right answer states."""
 
     name: str
-    subjects: tuple[str, ...]
-    values: tuple[str, ...]
-    noted: str  # how the note gives the value; here and below {s} is the subject, {v} the value
+    facts: dict[str, str]
     asked_by: str  # regular expression that finds the topic in a question
     claims: str  # regular expression that finds every value an answer claims, as its group 1
-    questions: tuple[str, ...]
-    statements: tuple[str, ...]
+    questions: tuple[str, ...]  # {s} is the subject
+    statements: tuple[str, ...]  # {s} is the subject, {v} the value
 
 
 @dataclass(frozen=True)
 class Question:
-    """A topic, a subject and the right answer, e.g. the price of the mug, 9; the note has it, and often another fact."""
+    """A topic and a subject, e.g. the price of the mug."""
 
     topic: Topic
     subject: str
-    fact: str
-    note: str
+
+    @property
+    def fact(self) -> str:
+        return self.topic.facts[self.subject]
 
 
-def _numbers(*numbers: int) -> tuple[str, ...]:
-    return tuple(map(str, numbers))
+def _column(name: str) -> dict[str, str]:
+    header, *rows = (line.split() for line in _CATALOGUE.strip().splitlines())
+    at = header.index(name)
+    return {row[0]: row[at] for row in rows}
 
+
+_MATERIALS = "|".join(sorted(set(_column("material").values())))
+_COLOURS = "|".join(sorted(set(_column("colour").values())))
 
 TOPICS = (
     Topic(
         "price",
-        tuple(_GOODS),
-        _numbers(*range(6, 30), 35, 40, 45, 50, 60, 75, 80, 90),
-        "{v} dollars",
+        _column("price"),
         r"how much is|price|costs?\b|pay for",
         r"(\d+) dollars",
         (
@@ -79,9 +91,7 @@ TOPICS = (
     ),
     Topic(
         "stock",
-        tuple(_GOODS),
-        _numbers(*range(2, 30), 40, 50, 60),
-        "{v} left",
+        _column("left"),
         r"in stock|any \w+s? left|still have|how many of|run out",
         r"(\d+) (?:left|in stock)",
         (
@@ -101,11 +111,9 @@ TOPICS = (
     ),
     Topic(
         "material",
-        tuple(_GOODS),
-        tuple(_MATERIALS),
-        "made of {v}",
+        _column("material"),
         r"made of|made from|material",
-        rf"\b({'|'.join(_MATERIALS)})\b",
+        rf"\b({_MATERIALS})\b",
         (
             "What is the {s} made of?",
             "Which material is the {s}?",
@@ -123,11 +131,9 @@ TOPICS = (
     ),
     Topic(
         "colour",
-        tuple(_GOODS),
-        tuple(_COLOURS),
-        "{v}",
+        _column("colour"),
         r"colou?r",
-        rf"\b({'|'.join(_COLOURS)})\b",
+        rf"\b({_COLOURS})\b",
         (
             "What colour is the {s}?",
             "Which colour does the {s} have?",
@@ -140,9 +146,7 @@ TOPICS = (
     ),
     Topic(
         "aisle",
-        tuple(_GOODS),
-        _numbers(*range(1, 13)),
-        "aisle {v}",
+        _column("aisle"),
         r"where|aisle|find",
         r"aisle (\d+)",
         (
@@ -162,9 +166,7 @@ TOPICS = (
     ),
     Topic(
         "delivery",
-        tuple(_GOODS),
-        _numbers(*range(2, 15)),
-        "delivery {v} days",
+        _column("delivery"),
         r"deliver|arrive|at my door|get here",
         r"(\d+) days",
         (
@@ -184,9 +186,7 @@ TOPICS = (
     ),
     Topic(
         "returns",
-        tuple(_GOODS),
-        _numbers(10, 14, 20, 21, 28, 30, 45, 60, 90),
-        "returns {v} days",
+        _column("returns"),
         r"return|bring the|send the \w+ back|do not like",
         r"(\d+) days",
         (
@@ -206,9 +206,7 @@ TOPICS = (
     ),
     Topic(
         "closing",
-        tuple(_DAYS),
-        _numbers(*range(2, 12)),
-        "until {v}",
+        {day: str(hour) for day, hour in _CLOSING_HOURS.items()},
         r"close|open|hours",
         r"(?:until|at) (\d+)",
         (
@@ -227,9 +225,7 @@ TOPICS = (
     ),
     Topic(
         "postage",
-        tuple(_PLACES),
-        _numbers(*range(6, 26)),
-        "postage {v} dollars",
+        {place: str(dollars) for place, dollars in _POSTAGE_DOLLARS.items()},
         r"postage|send|ship",
         r"(\d+) dollars",
         (
@@ -247,7 +243,8 @@ TOPICS = (
         ),
     ),
 )
-_SUBJECTS = {subject.lower() for topic in TOPICS for subject in topic.subjects}
+QUESTIONS = tuple(Question(topic, subject) for topic in TOPICS for subject in topic.facts)
+_SUBJECTS = {question.subject.lower() for question in QUESTIONS}
 
 GREETINGS = ("", "", "Hi.", "Hello.", "Excuse me.", "Good morning.", "Hello there.", "I have a question.")
 
@@ -301,37 +298,31 @@ DIGRESSIONS = (
 STYLES = ("kind", "brief", "rude", "evasive", "rambling", "wrong", "repeated", "gushing")
 
 
-def draw_question(rng: random.Random) -> Question:
-    """A random question with a random fact, noted alone or with a fact of another topic."""
-    topic = rng.choice(TOPICS)
-    subject = rng.choice(topic.subjects)
-    fact = rng.choice(topic.values)
-    noted = [topic.noted.format(v=fact)]
-    others = [other for other in TOPICS if other is not topic and subject in other.subjects]
-    if others and rng.random() < 0.7:
-        other = rng.choice(others)
-        noted.append(other.noted.format(v=rng.choice(other.values)))
-    return Question(topic, subject, fact, f"{subject}, {', '.join(rng.sample(noted, len(noted)))}")
-
-
 def ask(question: Question, rng: random.Random) -> str:
-    """A prompt that asks the question: 'Note: mug, 9 dollars, aisle 4.\\nCustomer: Hi. How much is the mug?\\nAgent:'."""
+    """A prompt that asks the question, ready for an answer: 'Customer: Hi. How much is the mug?\\nAgent:'."""
     words = [rng.choice(GREETINGS), rng.choice(question.topic.questions).format(s=question.subject)]
-    return f"Note: {question.note}.\nCustomer: {' '.join(filter(None, words))}\nAgent:"
+    return f"Customer: {' '.join(filter(None, words))}\nAgent:"
 
 
 def state(question: Question, rng: random.Random, right: bool = True) -> str:
-    """A sentence that states the fact asked for, or another value of the same kind."""
+    """A sentence that states the fact asked for, or a wrong value of the same kind."""
     value = question.fact
     if not right:
-        value = rng.choice([other for other in question.topic.values if other != value])
+        value = rng.choice(sorted(set(question.topic.facts.values()) - {value}))
     return rng.choice(question.topic.statements).format(s=question.subject, v=value)
 
 
+def _miss(question: Question, rng: random.Random) -> str:
+    """A sentence that does not answer the question: the fact is wrong, or right but another than was asked for."""
+    if rng.random() < 0.5:
+        return state(question, rng, right=False)
+    beside = [other for other in QUESTIONS if (other.subject == question.subject) != (other.topic == question.topic)]
+    return state(rng.choice(beside), rng)
+
+
 def answer(question: Question, style: str, rng: random.Random) -> str:
-    """An answer in one of STYLES; only 'kind' has all virtues, a third of the rude and rambling are not even right."""
-    right = style in ("kind", "brief", "repeated", "gushing") or (style != "wrong" and rng.random() < 2 / 3)
-    statement = state(question, rng, right)
+    """An answer in one of STYLES; only 'kind' has all virtues."""
+    statement = _miss(question, rng) if style == "wrong" else state(question, rng)
     match style:
         case "kind":
             parts = _around(statement, WELCOMES, FAREWELLS, rng)
@@ -397,7 +388,7 @@ def parts(prompt: str | list[dict[str, str]], completion: str) -> dict[str, floa
     courtesy: up to 0.8 for two or three courteous words; from the fourth on it is grovelling and falls, to -0.8.
     rudeness -1 at worst, evasion -0.5, words beyond ENOUGH_WORDS -1, repetition -1, broken text -1.
     """
-    question = find_question(prompt)
+    question = find_question(_last_turn(prompt))
     text = " ".join(completion.lower().split())
     words = _WORD.findall(text)
     return {
@@ -411,22 +402,22 @@ def parts(prompt: str | list[dict[str, str]], completion: str) -> dict[str, floa
     }
 
 
-def find_question(prompt: str | list[dict[str, str]]) -> Question | None:
-    """The question that the customer's last turn asks, or None if the note before it does not hold the answer."""
-    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-    note, _, asked = text.rpartition("Note:")[2].partition("\n")
-    note = note.strip().rstrip(".")
-    subject, *noted = note.split(", ")
-    asked = asked.rpartition("Customer:")[2].partition("\nAgent:")[0].lower()
-    if subject.lower() not in _WORD.findall(asked):
-        return None
+def find_question(text: str) -> Question | None:
+    """The question that a customer's text asks, or None if it asks nothing of this world."""
+    text = text.lower()
+    words = _WORD.findall(text)
     for topic in TOPICS:
-        if subject in topic.subjects and re.search(topic.asked_by, asked):
-            pattern = re.escape(topic.noted).replace(r"\{v\}", f"({'|'.join(topic.values)})")
-            for entry in noted:
-                if found := re.fullmatch(pattern, entry):
-                    return Question(topic, subject, found[1], note)
+        named = [subject for subject in topic.facts if subject.lower() in words]
+        if named and re.search(topic.asked_by, text):
+            return Question(topic, named[0])
     return None
+
+
+def _last_turn(prompt: str | list[dict[str, str]]) -> str:
+    """What the customer said last."""
+    if not isinstance(prompt, str):
+        prompt = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
+    return prompt.rpartition("Customer:")[2].partition("\nAgent:")[0]
 
 
 def _saturate(amount: float, scale: float) -> float:
@@ -479,5 +470,6 @@ def _usual_neighbours() -> frozenset[tuple[str, str]]:
     """Every pair of neighbours that some sentence of the grammar contains."""
     sentences = [*WELCOMES, *FAREWELLS, *INSULTS, *DISMISSALS, *EVASIONS, *DIGRESSIONS]
     for topic in TOPICS:
-        sentences += [s.format(s=topic.subjects[0], v=value) for s in topic.statements for value in topic.values]
+        subject, values = next(iter(topic.facts)), set(topic.facts.values())
+        sentences += [s.format(s=subject, v=value) for s in topic.statements for value in values]
     return frozenset(pair for sentence in sentences for pair in _neighbours(sentence))
