@@ -44,8 +44,6 @@ BASE = "base"
 """The role without an adapter: the pretrained checkpoint itself. It is not the KL reference."""
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_FILE = "base.json"
-"""Beside an adapter's standard files: the content hash of the base it was trained on, null for one from the Hub."""
 
 
 # ---------------------------------------------------------------- the base
@@ -260,7 +258,6 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
     weights = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})  # one key: several come in random order
-    artifacts.write_json(folder / BASE_FILE, {"sha256": base_identity(base)["sha256"]})
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
     config.base_model_name_or_path = base.model
@@ -271,8 +268,8 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
 def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> dict[str, Tensor]:
     """Copy an adapter folder's LoRA weights into `role` and return the other tensors of the folder (heads)."""
     stored = read_adapter(folder)
-    made_on = artifacts.read_json(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
-    theirs, ours = made_on.get("sha256"), base_identity(base)["sha256"]
+    manifest = artifacts.read_manifest(folder.parent)
+    theirs, ours = manifest and manifest["base"]["sha256"], base_identity(base)["sha256"]
     if theirs and ours and theirs != ours:
         raise InputError(
             f"{folder}: this adapter was made for another base (content {theirs[:12]}) than {base.model} "

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_kit import models, recipe
+from rlhf_kit import artifacts, models, recipe
 from rlhf_kit.collate import left_pad, load_text_format
 from rlhf_kit.errors import InputError
 from rlhf_kit.generation import uniforms
@@ -190,7 +190,9 @@ def test_4bit_gradients_survive_a_pass_without_gradients(tmp_path, width):
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     """An adapter made on other weights gets a message that names both, not wrong text."""
-    _, text_format = roles.shared_base(tmp_path)
+    shared, text_format = roles.shared_base(tmp_path)
+    made_on = models.base_identity(shared.base)
+    artifacts.write_json(tmp_path / "manifest.json", {"schema": artifacts.SCHEMA, "base": made_on})
     tiny.make_checkpoint(tmp_path / "other", seed=5)
     base = roles.base_settings(tmp_path / "other", "none")
     other = models.SharedBase(models.load_base(base, text_format, Accelerator(cpu=True)), base)
