@@ -44,6 +44,7 @@ from rlhf_kit.stages import Job, Outcome
 
 POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
 PROBE_PROMPTS = 4
+UNIT_COMPLETIONS = 256  # at least, to measure the zero and the unit of a score that brings none
 SAMPLES = 8  # completions kept for a reader whenever samples are due
 FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 """How far a first ratio may be from 1: only the order of summation differs (padding, batch size)."""
@@ -167,10 +168,13 @@ class PPO:
         self.value = value_function(shared, settings.value)
 
     def _unit_of_reference(self) -> tuple[float, float]:
-        """Return mean and standard deviation of the scores of one batch of the reference policy's completions."""
-        rows = self._prompt_rows(0)
-        _, written = self._sample(REFERENCE, rows, "score unit")
-        scores = distributed.gather_rows(self._raw_scores(written).tolist(), self.accelerator)
+        """Return mean and standard deviation of the scores of some completions of the reference policy."""
+        scores: list[float] = []
+        for batch in progress(
+            range(math.ceil(UNIT_COMPLETIONS / self.settings.batch_size)), desc="score unit, batches"
+        ):
+            _, written = self._sample(REFERENCE, self._prompt_rows(batch), "score unit", batch)
+            scores += distributed.gather_rows(self._raw_scores(written).tolist(), self.accelerator)
         unit = torch.tensor(scores, dtype=torch.float64)
         if not float(unit.std(correction=0)) > 0:
             raise InputError(
