@@ -1,6 +1,6 @@
 """Make everything the quickstart ships: checkpoint, tokenizer, demonstrations, preferences and prompts.
 
-    python -m rlhf_kit.quickstart.make [--out FOLDER]
+    python -m rlhf_kit.quickstart.make [--out FOLDER] [--data-only]
 
 The corpus is the shop of `world.py` as it is: good and bad answers mixed, customers' reactions included. The
 demonstrations are better but mixed too; the preferences come from simulated annotators who see the gold preference
@@ -45,14 +45,15 @@ DEMONSTRATED = {
     "repeated": 6,
     "gushing": 2,
 }
-COMPARED = {"kind": 23, "brief": 22, "rude": 15, "evasive": 15, "rambling": 12, "wrong": 4, "repeated": 7, "gushing": 2}
+COMPARED = {"kind": 23, "brief": 22, "rude": 16, "evasive": 16, "rambling": 12, "wrong": 2, "repeated": 7, "gushing": 2}
 
 # An annotator prefers a to b with probability sigmoid((gold(a) - gold(b)) / temperature).
-ANNOTATORS = {"careful": 0.25, "steady": 0.4, "hasty": 0.6, "tired": 0.9}
+ANNOTATORS = {"careful": 0.25, "steady": 0.35, "hasty": 0.45, "tired": 0.6}
 
 VOCABULARY = 896  # a multiple of 64; the corpus has too few words for more than some 930
 DOCUMENTS, STEPS, BATCH, LEARNING_RATE = 60_000, 1_200, 48, 3e-3
-SAMPLER_EPOCHS = 2  # of fine-tuning on the demonstrations before answers for the preferences are sampled
+PAIRS = 4_000
+SAMPLER_EPOCHS = 3  # of fine-tuning on the demonstrations before answers for the preferences are sampled
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _style(shares: dict[str, int], rng: random.Random) -> str:
 
 def demonstrations(count: int, seed: int) -> Iterator[dict[str, str]]:
     """Distinct rows of a prompt and an answer of mixed quality."""
-    rng, seen = random.Random(f"demonstrations {seed}"), set()
+    rng = random.Random(f"demonstrations {seed}")
+    seen: set[tuple[str, str]] = set()
     while len(seen) < count:
         question = rng.choice(world.QUESTIONS)
         row = world.ask(question, rng), " " + world.answer(question, _style(DEMONSTRATED, rng), rng)
@@ -108,7 +110,8 @@ def demonstrations(count: int, seed: int) -> Iterator[dict[str, str]]:
 
 def prompts(count: int, seed: int) -> Iterator[dict[str, str]]:
     """Distinct prompts."""
-    rng, seen = random.Random(f"prompts {seed}"), set()
+    rng = random.Random(f"prompts {seed}")
+    seen: set[str] = set()
     while len(seen) < count:
         prompt = world.ask(rng.choice(world.QUESTIONS), rng)
         if prompt not in seen:
@@ -293,46 +296,59 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     say(f"{path}: {len(rows)} rows, {path.stat().st_size} bytes")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=HERE, help="folder that gets checkpoint/ and data/ (default: the package's own)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def make_checkpoint(folder: Path, seed: int) -> None:
+    """The corpus, a tokenizer and a model pretrained on it, the last two saved in the folder."""
     import torch
 
-    rng = random.Random(f"corpus {options.seed}")
+    rng = random.Random(f"corpus {seed}")
     documents = [document(rng) for _ in range(DOCUMENTS)]
-    checkpoint, data = options.out / "checkpoint", options.out / "data"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(documents, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(documents, folder)
     rows = [([*ids, tokenizer.eos_token_id], 0) for ids in tokenizer(documents).input_ids]
-    model = make_model(tokenizer, options.seed)
     tokens = sum(len(ids) for ids, _ in rows)
-    say(f"{len(documents)} conversations, {tokens} tokens; {model.num_parameters()} parameters")
+    model = make_model(tokenizer, seed)
+    say(f"{len(documents)} documents, {tokens} tokens; {model.num_parameters()} parameters")
     began = time.monotonic()
-    loss = train(model, rows, STEPS, LEARNING_RATE, options.seed)
-    minutes = (time.monotonic() - began) / 60
-    say(f"pretrained in {minutes:.1f} minutes, loss {loss:.3f} nats per token")
-    model.to(torch.bfloat16).save_pretrained(checkpoint)
-    facts = {"vocabulary": VOCABULARY, "parameters": model.num_parameters(), "tokens": tokens, "loss": loss}
-    (checkpoint / "README.md").write_text(MODEL_CARD.format(**facts), encoding="utf-8")
+    loss = train(model, rows, STEPS, LEARNING_RATE, seed)
+    say(f"pretrained in {(time.monotonic() - began) / 60:.1f} minutes, loss {loss:.3f} nats per token")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    card = MODEL_CARD.format(vocabulary=VOCABULARY, parameters=model.num_parameters(), tokens=tokens, loss=loss)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
-    shown = list(demonstrations(2000, options.seed))
-    write_rows(data / "demonstrations.jsonl", shown)
-    write_rows(data / "prompts.jsonl", list(prompts(1800, options.seed)))
-    model.float()
+
+def make_data(folder: Path, checkpoint: Path, seed: int) -> None:
+    """The three data files; half of the preferences compare answers sampled from the checkpoint after fine-tuning."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shown = list(demonstrations(2000, seed))
+    write_rows(folder / "demonstrations.jsonl", shown)
+    write_rows(folder / "prompts.jsonl", list(prompts(1800, seed)))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
     rows = []
     for row in shown:
         prompt_ids = tokenizer(row["prompt"]).input_ids
         completion_ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
         rows.append((prompt_ids + completion_ids + [tokenizer.eos_token_id], len(prompt_ids)))
-    train(model, rows, SAMPLER_EPOCHS * len(rows) // BATCH, LEARNING_RATE / 10, options.seed)
-    pairs = [*written_pairs(1700, options.seed), *sampled_pairs(model, tokenizer, 1700, options.seed)]
+    train(model, rows, SAMPLER_EPOCHS * len(rows) // BATCH, LEARNING_RATE / 10, seed)
+    pairs = [*written_pairs(PAIRS // 2, seed), *sampled_pairs(model, tokenizer, PAIRS // 2, seed)]
     preferences = [asdict(pair) for pair in pairs]
-    write_rows(data / "preferences.jsonl", preferences)
+    write_rows(folder / "preferences.jsonl", preferences)
     say(f"best reachable accuracy {best_reachable_accuracy(preferences):.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="gets checkpoint/ and data/ (default: the package's own)"
+    )
+    parser.add_argument("--data-only", action="store_true", help="keep the checkpoint that is there")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if not options.data_only:
+        make_checkpoint(options.out / "checkpoint", options.seed)
+    make_data(options.out / "data", options.out / "checkpoint", options.seed)
 
 
 MODEL_CARD = """\
