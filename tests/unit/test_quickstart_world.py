@@ -109,14 +109,14 @@ def test_shipped_data_is_what_the_script_makes():
 
 
 def test_label_noise_leaves_the_stated_accuracy():
-    """The best reachable accuracy is between 0.80 and 0.88, and the labels agree with gold that often up to chance."""
+    """The best reachable accuracy is between 0.85 and 0.92, and the labels agree with gold that often up to chance."""
     pairs = shipped("preferences")
     expected = make.best_reachable_accuracy(pairs)
-    assert 0.80 < expected < 0.88
+    assert 0.85 < expected < 0.92
     agree = 0
     for pair in pairs:
         chosen, rejected = world.gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
-        assert chosen != rejected
+        assert abs(chosen - rejected) >= make.NOTICED
         agree += chosen > rejected
     assert agree / len(pairs) == pytest.approx(expected, abs=3 * (0.25 / len(pairs)) ** 0.5)
 
