@@ -38,6 +38,8 @@ class Plan:
     """By the card's path as in the recipe; without the Hub's if these were not fetched."""
     lines: list[str]
     """For a person to read."""
+    notes: list[str]
+    """What is allowed and may still surprise."""
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -46,7 +48,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     Raises:
         InputError: everything that is wrong with base, cards and data.
     """
-    return _plan(recipe, fetch=False).lines
+    found = _plan(recipe, fetch=False)
+    return [*found.lines, *(f"note     {note}" for note in found.notes)]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -85,7 +88,7 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
         problems += _length_problems(recipe, base, examples)
     if problems:
         raise InputError(problems)
-    return Plan(recipe, examples, _lines(recipe, base, cards, examples))
+    return Plan(recipe, examples, _lines(recipe, base, cards, examples), _notes(recipe, examples))
 
 
 def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -412,7 +415,6 @@ def _lines(
             count, available = min(count, heldout), f" of {heldout:,}"
         gold = f", gold {recipe.evaluation.gold}" if recipe.evaluation.gold else ""
         lines.append(f"evaluation  on {count:,}{available} held-out prompts of {card_path}{gold}")
-    lines += _leaks(recipe, examples)
     return lines
 
 
@@ -461,21 +463,24 @@ def _stage_lines(
     return [f"{head}{rows:,} {unit} x {epochs:.3g} epochs = {steps:,} optimizer steps of {stage.batch_size:,} {unit}"]
 
 
-def _leaks(recipe: Recipe, examples: Mapping[str, Examples]) -> list[str]:
-    """Return a line for each card whose training prompts are among those that the closing table is measured on."""
+def _notes(recipe: Recipe, examples: Mapping[str, Examples]) -> list[str]:
+    notes = list(_leaks(recipe, examples))
+    if recipe.publish is not None:
+        notes.append(f"{recipe.where('publish')}: this version does not push; the run stays on this machine")
+    return notes
+
+
+def _leaks(recipe: Recipe, examples: Mapping[str, Examples]) -> Iterable[str]:
+    """Tell of each card whose training prompts are among those that the closing table is measured on."""
     card = evaluation_card(recipe)
     if card is None or card not in examples:
-        return []
+        return
     heldout = {_texts(row.prompt) for row in prompts_of(examples[card]).heldout}
-    lines = []
     for path, uses in card_uses(recipe).items():
         if path in examples and examples[path].card.kind in WITH_PROMPTS and any("stages." in use for use in uses):
             both = len(heldout & {_texts(row.prompt) for row in examples[path].train})
             if both:
-                lines.append(
-                    f"note     {both:,} of the {len(heldout):,} held-out prompts of {card} are trained on in {path}"
-                )
-    return lines
+                yield f"{both:,} of the {len(heldout):,} held-out prompts of {card} are trained on in {path}"
 
 
 def _millions(number: int) -> str:

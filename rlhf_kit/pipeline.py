@@ -84,6 +84,8 @@ def run(
     text_format = load_text_format(recipe.base)
     for note in text_format.notes:
         say(f"tokenizer: {note}")
+    for note in plan.notes:
+        say(f"note: {note}")
     check_imports(recipe)
     check_lengths(recipe, plan.examples, text_format)
     with StopRequest() as stop, _held(folder, accelerator):

@@ -220,3 +220,10 @@ def test_functions_are_looked_for(workplace):
     Path("mine.py").write_text("raise SystemExit('imported')")
     lines("stages.ppo.reward=mine:score", "evaluation.gold=mine.inner:gold")
     assert len(problems("stages.ppo.reward=not_mine_at_all:score", "evaluation.gold=nor_this:gold")) == 2
+
+
+def test_nothing_is_pushed_silently_or_not(workplace):
+    """A wish to publish that this version does not fulfil is answered."""
+    (note,) = [line for line in lines("publish.repo=me/mine") if line.startswith("note ")]
+    assert "publish: this version does not push" in note
+    assert not [line for line in lines() if "push" in line]
