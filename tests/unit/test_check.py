@@ -222,8 +222,8 @@ def test_functions_are_looked_for(workplace):
     assert len(problems("stages.ppo.reward=not_mine_at_all:score", "evaluation.gold=nor_this:gold")) == 2
 
 
-def test_nothing_is_pushed_silently_or_not(workplace):
-    """A wish to publish that this version does not fulfil is answered."""
-    (note,) = [line for line in lines("publish.repo=me/mine") if line.startswith("note ")]
-    assert "publish: this version does not push" in note
-    assert not [line for line in lines() if "push" in line]
+def test_a_wish_to_publish_is_answered(workplace):
+    """What this version does not do, it says."""
+    with Path("recipe.yaml").open("a") as file:
+        file.write("\npublish: {repo: me/mine}\n")
+    assert any("publish: this version does not push" in line for line in lines().values())
