@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from rlhf_kit.errors import InputError, Interrupted
+from rlhf_kit.errors import Diverged, InputError, Interrupted
 
-INPUT_IS_WRONG, STOPPED = 2, 75
+FAILED, INPUT_IS_WRONG, STOPPED = 1, 2, 75
 LIBRARIES = "accelerate|bitsandbytes|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl"
 
 app = typer.Typer(
@@ -78,14 +78,10 @@ def main() -> None:
     quiet_libraries()
     try:
         app(prog_name="rlhf-kit")
-    except InputError as error:
+    except (Diverged, InputError, Interrupted) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once for each process
             print(error, file=sys.stderr)
-        sys.exit(INPUT_IS_WRONG)
-    except Interrupted as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit({Diverged: FAILED, InputError: INPUT_IS_WRONG, Interrupted: STOPPED}[type(error)])
 
 
 def quiet_libraries() -> None:

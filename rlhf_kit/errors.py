@@ -1,11 +1,11 @@
-"""The two ways a run may end early on purpose; every other exception is a bug or a broken machine and travels."""
+"""The three ways a run may end early on purpose; every other exception is a bug or a broken machine and travels."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["InputError", "Interrupted", "did_you_mean", "printable"]
+__all__ = ["Diverged", "InputError", "Interrupted", "did_you_mean", "printable"]
 
 
 class InputError(Exception):
@@ -28,6 +28,10 @@ class InputError(Exception):
 
 class Interrupted(Exception):
     """Stopped by SIGTERM or SIGINT after a checkpoint was saved. Ends the process with exit code 75."""
+
+
+class Diverged(ArithmeticError):
+    """A loss, gradient or score is NaN or infinite, and going on would destroy the weights. Ends with exit code 1."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from rlhf_kit import checkpoints, distributed
-from rlhf_kit.errors import InputError, Interrupted
+from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.generation import derived_seed
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
@@ -181,7 +181,7 @@ class Training:
 
         Raises:
             Interrupted: the run was asked to stop; a checkpoint is saved.
-            FloatingPointError: a loss or gradient is not finite.
+            Diverged: a loss or gradient is not finite.
         """
         if self.first:
             say(f"{self.name}: going on after step {self.first} of {self.steps}")
@@ -221,23 +221,23 @@ class Training:
         self.carried = found.state["carried"]
 
     def check_loss(self, step: int, loss: Tensor) -> None:
-        """Raise FloatingPointError when the loss is not finite, naming the parameters that are not, if any."""
+        """Raise Diverged when the loss is not finite, naming the parameters that are not, if any."""
         if torch.isfinite(loss).all():
             return
         broken = [name for name, p in self.parameters.items() if not torch.isfinite(p).all()]
         cause = f"because of {_listed(broken)}" if broken else "with finite trainable parameters"
-        raise FloatingPointError(
+        raise Diverged(
             f"{self.name}: the loss of step {self.first + step} is {float(loss)} {cause}; try a smaller learning_rate"
             ", or dtype: float32 or bfloat16 in place of float16"
         )
 
     def check_gradients(self, step: int) -> None:
-        """Raise FloatingPointError when a gradient is not finite, naming it."""
+        """Raise Diverged when a gradient is not finite, naming it."""
         # NaN and inf survive a sum; looking at each element of each gradient would cost more
         sums = torch.stack([p.grad.sum() for p in self.parameters.values() if p.grad is not None])
         if not torch.isfinite(sums).all():
             found = [n for n, p in self.parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            raise FloatingPointError(
+            raise Diverged(
                 f"{self.name}: step {self.first + step}: the gradient of {_listed(found)} is not finite; try a smaller "
                 "learning_rate, or dtype: float32 or bfloat16 in place of float16"
             )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rlhf_kit import artifacts, checkpoints, distributed
 from rlhf_kit.batches import Rollout, Targets
 from rlhf_kit.collate import left_pad, tokenise_prompts
-from rlhf_kit.errors import InputError, Interrupted
+from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.examples import prompts_of
 from rlhf_kit.generation import derived_seed, generate, uniforms
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
@@ -76,10 +76,6 @@ def run(job: Job) -> Outcome:
             "tokens": trainer.tokens,
         },
     )
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss, gradient or score is NaN or infinite; training on would destroy the policy."""
 
 
 @dataclass(frozen=True)
@@ -454,8 +450,11 @@ class PPO:
         """Take one optimizer step with the gradients of all processes; return their norm before clipping."""
         parameters = list(self.parameters.values())
         distributed.add_up_gradients(parameters, self.accelerator)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-        self._require_finite("gradient", norm, update)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not norm.isfinite():
+            broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+            self._require_finite(f"the gradient of {', '.join(broken[:3]) or 'all parameters together'}", norm, update)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
@@ -465,10 +464,11 @@ class PPO:
     def _require_finite(self, name: str, tensor: Tensor, update: int) -> None:
         """Stop before the update does harm; the last checkpoint stays as it is."""
         if distributed.agree(not bool(tensor.isfinite().all()), self.accelerator):
-            raise NonFiniteError(
-                f"{self.job.name}: update {update + 1}: {name} is NaN or infinite. The last checkpoint under "
-                f"{self.job.folder / 'checkpoints'} is good; a lower learning_rate, a higher kl_coef or "
-                "base.dtype: float32 usually helps."
+            folder = self.job.folder / artifacts.CHECKPOINTS
+            kept = f" The last good state is kept in {folder}." if folder.is_dir() else ""
+            raise Diverged(
+                f"{self.job.name}: update {update + 1}: {name} is NaN or infinite.{kept} A lower learning_rate, a "
+                "higher kl_coef or base.dtype: float32 usually helps."
             )
 
     def summarise(self, rollout: Rollout, targets: Targets, learned: Learned) -> dict[str, float]:

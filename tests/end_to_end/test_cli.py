@@ -185,6 +185,16 @@ class TestLoad:
             rlhf_kit.load(tmp_path, "ppo")
 
 
+def test_numbers_that_blow_up(tmp_path):
+    """A gradient that is not finite ends the run with a message and no stack trace, and the stage is not finished."""
+    recipe, out = chain.write_chain(tmp_path), tmp_path / "out"
+    result = chain.run("run", str(recipe), "--out", str(out), "--set", "adapter.alpha=1e30")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("ppo: update 1: the gradient of ")
+    assert not (out / "ppo" / "manifest.json").exists()
+
+
 def start(recipe: Path, out: Path, log: Path, *settings: str) -> subprocess.Popen[str]:
     """Start a run whose stderr goes to `log`."""
     command = [sys.executable, "-m", "rlhf_kit", "run", str(recipe), "--out", str(out), *settings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from rlhf_kit import models
 from rlhf_kit.collate import load_text_format
 from rlhf_kit.data_cards import load_card
-from rlhf_kit.errors import Interrupted
+from rlhf_kit.errors import Diverged, Interrupted
 from rlhf_kit.examples import load_examples
 from rlhf_kit.recipe import load_recipe
 from rlhf_kit.stages import Job, StopRequest, ppo
@@ -168,8 +169,21 @@ def test_a_score_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
     """The message names the tensor and the update, and nothing has been learned from it."""
     trainer = ppo.PPO(make_job(tmp_path))
     monkeypatch.setattr(trainer, "scorer", lambda written: torch.full((len(written.texts),), torch.nan))
-    with pytest.raises(ppo.NonFiniteError, match=r"update 1: scores is NaN or infinite"):
+    with pytest.raises(Diverged, match=r"update 1: scores is NaN or infinite"):
         trainer.roll_out(0)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    """The message names the parameter, and no parameter has been changed."""
+    trainer = ppo.PPO(make_job(tmp_path))
+    before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    broken = list(trainer.parameters)[2]
+    trainer.parameters[broken].grad[0, 0] = torch.inf
+    with pytest.raises(Diverged, match=rf"update 3: the gradient of {re.escape(broken)} is NaN or infinite"):
+        trainer._step(2)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.parameters.items())
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit"])

@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_kit.collate import tokenise_demonstrations
-from rlhf_kit.errors import InputError, Interrupted
+from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.models import _steady_4bit_on_cpu, load_base, open_adapter
 from rlhf_kit.stages import reward, sft
 from rlhf_kit.training import Training, row_order
@@ -232,7 +232,7 @@ def test_broken_numbers_stop_the_training(here, stage):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", explode)
-        with pytest.raises(FloatingPointError, match=rf"{stage}: the loss of step 2 is nan because of .*lora_A"):
+        with pytest.raises(Diverged, match=rf"{stage}: the loss of step 2 is nan because of .*lora_A"):
             module.run(job)
     assert not (here / stage / "adapter").exists()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import Diverged, InputError
 from rlhf_kit.recipe import SFTStage
 from rlhf_kit.training import (
     Training,
@@ -73,7 +73,7 @@ def test_broken_gradient_is_named(value):
     training.parameters["bad"].grad = torch.ones(2, 2)
     training.check_gradients(3)
     training.parameters["bad"].grad[1, 0] = value
-    with pytest.raises(FloatingPointError, match="sft: step 13: the gradient of bad is not finite"):
+    with pytest.raises(Diverged, match="sft: step 13: the gradient of bad is not finite"):
         training.check_gradients(3)
 
 
