@@ -50,6 +50,9 @@ NOT_OF_THE_RESULT = ("checkpoint_every", "keep_checkpoints", "kl_budget")
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """Ways of `accelerate launch` to split one model over processes, as its environment variables name them."""
 
+TRIED_ON = (" Yes.", " No, thank you.")
+"""Completions that a function which scores is tried on."""
+
 T = TypeVar("T")
 
 
@@ -86,7 +89,7 @@ def run(
         say(f"tokenizer: {note}")
     for note in plan.notes:
         say(f"note: {note}")
-    check_imports(recipe)
+    check_imports(recipe, plan.examples)
     check_lengths(recipe, plan.examples, text_format)
     with StopRequest() as stop, _held(folder, accelerator):
         pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
@@ -172,21 +175,27 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def check_imports(recipe: Recipe) -> None:
-    """Look for the trackers and import the functions that score, before anything is trained for them.
+def check_imports(recipe: Recipe, examples: Mapping[str, Examples]) -> None:
+    """Look for the trackers, and try the functions that score on a few prompts, before anything is trained for them.
 
     Raises:
-        InputError: one is not installed, cannot be imported or is no function.
+        InputError: one is not installed, cannot be imported, or does not return one number for each completion.
     """
     missing = [name for name in recipe.trackers if find_spec(name) is None]
     if missing:
         names = " ".join(missing)
         raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
-    for name, settings in recipe.stages.items():
-        if isinstance(settings, PPOStage) and recipe.reward_source(name) == "function":
-            scorers.load_function(settings.reward)
+    functions: dict[str, str | None] = {  # and a card with prompts
+        settings.reward: settings.prompts
+        for name, settings in recipe.stages.items()
+        if isinstance(settings, PPOStage) and recipe.reward_source(name) == "function"
+    }
     if recipe.evaluation.gold is not None:
-        scorers.load_function(recipe.evaluation.gold)
+        functions[recipe.evaluation.gold] = check.evaluation_card(recipe)
+    for name, card in functions.items():
+        function = scorers.load_function(name)
+        prompts = [row.prompt for row in prompts_of(examples[card]).train[: len(TRIED_ON)]] if card else []
+        scorers.call_function(function, name, prompts, TRIED_ON[: len(prompts)])
 
 
 def check_lengths(recipe: Recipe, examples: Mapping[str, Examples], text_format: TextFormat) -> None:

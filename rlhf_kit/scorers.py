@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.examples import Prompt
 from rlhf_kit.models import SharedBase, new_head
 
@@ -155,13 +155,15 @@ def load_function(name: str) -> Callable[..., Any]:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # as `python -m` does, so that the console script finds the same modules
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(f"{name}: cannot import {module_name} ({error}); run where it can be imported.") from error
-    except AttributeError as error:
-        raise InputError(f"{name}: module {module_name} has no {attribute!r}.") from error
+    if not hasattr(module, attribute):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"{name}: module {module_name} has no {attribute!r}{did_you_mean(attribute, public)}")
+    function = getattr(module, attribute)
     if not callable(function):
-        raise InputError(f"{name}: is a {type(function).__name__}, not a function of (prompts, completions).")
+        raise InputError(f"{name}: is of type {type(function).__name__}, not a function of (prompts, completions).")
     return function
 
 
@@ -172,7 +174,12 @@ def call_function(
 
     Raises: InputError when they are not that many finite numbers.
     """
-    numbers = [float(number) for number in function(list(prompts), list(completions))]
+    returned = function(list(prompts), list(completions))
+    try:
+        numbers = [float(number) for number in returned]
+    except (TypeError, ValueError):
+        seen = str(returned)[:80]
+        raise InputError(f"{name}: returned {seen}; it must return one number for each completion.") from None
     if len(numbers) != len(completions):
         raise InputError(f"{name}: returned {len(numbers)} numbers for {len(completions)} completions.")
     for number, completion in zip(numbers, completions, strict=True):

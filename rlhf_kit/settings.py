@@ -114,7 +114,7 @@ def _mend(kind: str, value: Any, written: str) -> str:
         return "; write false"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
-    if kind in ("int_type", "float_type") and word in ("none", "nil", "no", "off", "n/a"):
+    if kind in ("int_type", "float_type") and value is not None and word in ("none", "nil", "no", "off", "n/a"):
         return "; for none at all write null"
     if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", word):
         return "; write it without quotes"

@@ -195,6 +195,16 @@ def test_numbers_that_blow_up(tmp_path):
     assert not (out / "ppo" / "manifest.json").exists()
 
 
+def test_a_scorer_is_tried_before_anything_is_trained(tmp_path):
+    """A function that does not give a number for each completion is told before the run directory is made."""
+    recipe = chain.write_chain(tmp_path)
+    (tmp_path / "mine.py").write_text("def score(prompts, completions):\n    return [1.0]\n")
+    result = chain.run("run", str(recipe), "--set", "stages.ppo.reward=mine:score", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1] == "mine:score: returned 1 numbers for 2 completions."
+    assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()
+
+
 def start(recipe: Path, out: Path, log: Path, *settings: str) -> subprocess.Popen[str]:
     """Start a run whose stderr goes to `log`."""
     command = [sys.executable, "-m", "rlhf_kit", "run", str(recipe), "--out", str(out), *settings]

@@ -26,6 +26,14 @@ def not_finite(prompts, completions):
     return [float("nan") for _ in completions]
 
 
+def words(prompts, completions):
+    return ["good" for _ in completions]
+
+
+def one_number(prompts, completions):
+    return 1.0
+
+
 not_a_function = 3
 
 
@@ -109,9 +117,9 @@ def test_a_function_scores_text():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tests.unit.test_scorers:lenghts", "has no 'lenghts'"),
+        ("tests.unit.test_scorers:lenghts", "has no 'lenghts'; did you mean lengths"),
         ("tests.unit.no_such_module:f", "cannot import tests.unit.no_such_module"),
-        ("tests.unit.test_scorers:not_a_function", "is a int, not a function"),
+        ("tests.unit.test_scorers:not_a_function", "is of type int, not a function"),
     ],
 )
 def test_a_function_that_is_not_there_is_named(name, message):
@@ -121,7 +129,13 @@ def test_a_function_that_is_not_there_is_named(name, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("too_few", "returned 1 numbers for 2 completions"), ("not_finite", "returned nan")]
+    ("name", "message"),
+    [
+        ("too_few", "returned 1 numbers for 2 completions"),
+        ("not_finite", "returned nan"),
+        ("words", r"returned \['good', 'good'\]; it must return one number for each completion"),
+        ("one_number", r"returned 1\.0; it must"),
+    ],
 )
 def test_a_function_must_return_one_finite_number_a_completion(name, message):
     """Anything else stops the run with the function's name and what it returned."""
