@@ -420,15 +420,19 @@ class TestFiles:
             ("d.jsonl.gz", b"no gzip", "d.jsonl.gz:1: not a sound gzip file: Not a gzipped file"),
             (
                 "d.jsonl.gz",
-                gzip.compress(b'{"prompt": "a"}\n')[:-9],
+                gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9],
                 "d.jsonl.gz:2: the compressed file is cut off here",
             ),
             (
                 "d.jsonl.gz",
-                gzip.compress(b'{"prompt": "a"}\n')[:-8] + bytes(8),
+                gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-8] + bytes(8),
                 "d.jsonl.gz:2: not a sound gzip file: CRC",
             ),
-            ("d.jsonl.gz", gzip.compress(b"x" * (2**26 + 1)), "d.jsonl.gz:1: the line is longer than 67,108,864 bytes"),
+            (
+                "d.jsonl.gz",
+                gzip.compress(b"x" * (2**26 + 1), mtime=0),
+                "d.jsonl.gz:1: the line is longer than 67,108,864 bytes",
+            ),
             ("d.parquet", b"PAR1xxxxPAR1", "d.parquet:1: not a sound Parquet file"),
         ],
     )
