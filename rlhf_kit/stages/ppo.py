@@ -104,7 +104,7 @@ class PPO:
         self.rows = distributed.share(self.settings.batch_size, self.accelerator)  # of each global batch
         self.metrics: dict[str, float] = {}
         self.tokens = 0
-        self.rollout_seconds = 0.0
+        self.rollout_seconds = self.scoring_seconds = 0.0
         self.saved_at = time.monotonic()
         self._load_prompts()
         self._load_roles()
@@ -346,13 +346,14 @@ class PPO:
         """Return the update's completions with their log-probabilities, values and normalised scores."""
         started = time.monotonic()
         rollout, written = self._sample(POLICY, self._prompt_rows(update), "rollout", update)
+        sampled = time.monotonic()
         scores = (self._raw_scores(written) - self.mean) / self.std
         if self.settings.score_clip is not None:
             scores = scores.clamp(-self.settings.score_clip, self.settings.score_clip)
         rollout = replace(rollout, scores=scores, **self._scored_by_models(rollout))
         for name in ("policy_logprobs", "reference_logprobs", "values", "scores"):
             self._require_finite(name, getattr(rollout, name), update)
-        self.rollout_seconds = time.monotonic() - started
+        self.rollout_seconds, self.scoring_seconds = time.monotonic() - started, time.monotonic() - sampled
         return rollout, written
 
     @torch.no_grad()
@@ -507,6 +508,7 @@ class PPO:
             "rollout/ended_fraction": ended,
             "rollout/length": length,
             "time/rollout_s": self.rollout_seconds,
+            "time/scoring_s": self.scoring_seconds,
             "time/update_s": learned.seconds,
             "throughput/completions_per_s": size / seconds,
             "memory/peak_bytes": distributed.maximum(peak_bytes(), self.accelerator),
