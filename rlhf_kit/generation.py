@@ -63,9 +63,8 @@ def generate(
                 input_ids=step_ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
             )
             cache = output.past_key_values
-            tokens, _ = sample_inverse_cdf(
-                shared.logits(output.last_hidden_state[:, -1]), uniform[running, step], temperature
-            )
+            logits = shared.logits(output.last_hidden_state[:, -1])
+            tokens = sample_inverse_cdf(logits, uniform[running, step], temperature)
             ids[running, step] = tokens
             lengths[running] = step + 1
             at_end = tokens == end_id

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rlhf_kit.batches import Completions, PromptBatch, Rollout
-from rlhf_kit.maths.logprobs import chunked_token_logprobs
+from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
 
-LOGIT_BYTES = 64 * 2**20
+LOGIT_BYTES = 16 * 2**20
 """Upper bound of the float32 logits that are held at a time; sets the chunk length."""
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
@@ -43,7 +43,7 @@ def completion_logprobs(shared: SharedBase, states: Tensor, rollout: Rollout, te
     mask = rollout.completion_mask
     vocabulary = shared.causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
-    logprobs = chunked_token_logprobs(states[mask], shared.logits, rollout.completion_ids[mask], temperature, chunk)
+    logprobs = token_logprobs(states[mask], shared.logits, rollout.completion_ids[mask], temperature, chunk)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 

@@ -135,7 +135,7 @@ def test_generation_with_cache_and_leaving_rows_equals_one_token_at_a_time(world
         for step in range(lengths[row]):
             with torch.no_grad(), shared.using("policy"):
                 logits = shared.causal(input_ids=torch.tensor([ids])).logits[:, -1]
-            token, _ = sample_inverse_cdf(logits, uniform[row, step : step + 1])
+            token = sample_inverse_cdf(logits, uniform[row, step : step + 1])
             assert int(token) == int(rollout.completion_ids[row, step]), (row, step)
             ids = [*ids, int(token)]
 

@@ -16,10 +16,6 @@ def log_softmax(logits: Sequence[float], temperature: float) -> list[float]:
     return [x - log_normaliser for x in shifted]
 
 
-def entropy(logits: Sequence[float], temperature: float) -> float:
-    return -math.fsum(math.exp(lp) * lp for lp in log_softmax(logits, temperature) if lp > -math.inf)
-
-
 def exact_kl(p: Sequence[float], q: Sequence[float]) -> float:
     """Sum over the vocabulary of p log(p / q)."""
     return math.fsum(pi * math.log(pi / qi) for pi, qi in zip(p, q, strict=True) if pi > 0)

@@ -9,47 +9,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kit.maths.logprobs import (
-    chunked_token_logprobs,
-    chunked_token_logprobs_and_entropy,
-    sample_inverse_cdf,
-    token_entropy,
-    token_logprobs,
-)
+from rlhf_kit.maths.logprobs import sample_inverse_cdf, token_logprobs
 from tests.maths import oracle
 
 logit_rows = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=5, max_size=5), min_size=1, max_size=4)
+
+
+def of_logits(logits, ids, temperature=1.0):
+    """Log-probabilities where the hidden states are the logits."""
+    return token_logprobs(logits, lambda x: x, ids, temperature, chunk=2)
 
 
 def test_logprobs_by_hand():
     """Logits log 1, log 2, log 5 are probabilities 1/8, 2/8, 5/8; at temperature 1/2 they are 1, 4, 25 of 30."""
     logits = torch.tensor([1.0, 2.0, 5.0]).log().expand(3, 3)
     ids = torch.tensor([0, 1, 2])
-    torch.testing.assert_close(token_logprobs(logits, ids).exp(), torch.tensor([1 / 8, 2 / 8, 5 / 8]))
-    torch.testing.assert_close(token_logprobs(logits, ids, 0.5).exp(), torch.tensor([1 / 30, 4 / 30, 25 / 30]))
-
-
-def test_entropy_by_hand():
-    """Four equal logits have log 4 nats, and one that is all there is has none."""
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -math.inf, -math.inf, -math.inf]])
-    torch.testing.assert_close(token_entropy(logits), torch.tensor([math.log(4), 0.0]))
+    torch.testing.assert_close(of_logits(logits, ids).exp(), torch.tensor([1 / 8, 2 / 8, 5 / 8]))
+    torch.testing.assert_close(of_logits(logits, ids, 0.5).exp(), torch.tensor([1 / 30, 4 / 30, 25 / 30]))
 
 
 @given(logit_rows, st.floats(0.25, 4))
-def test_logprobs_and_entropy_agree_with_their_definitions(rows, temperature):
+def test_logprobs_agree_with_their_definition(rows, temperature):
     """Every token of every row, at any temperature."""
     logits = torch.tensor(rows)
     for token in range(5):
         ids = torch.full((len(rows),), token)
         expected = [oracle.log_softmax(row, temperature)[token] for row in rows]
-        assert token_logprobs(logits, ids, temperature).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    expected = [oracle.entropy(row, temperature) for row in rows]
-    assert token_entropy(logits, temperature).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert of_logits(logits, ids, temperature).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
     """32,000 equal logits in bfloat16 give -log 32000 to float32 precision, where bfloat16 knows 1/16."""
-    logprob = token_logprobs(torch.zeros(32_000, dtype=torch.bfloat16), torch.tensor(7))
+    logprob = of_logits(torch.zeros(1, 32_000, dtype=torch.bfloat16), torch.tensor([7]))
     assert logprob.dtype == torch.float32
     assert logprob.item() == pytest.approx(-math.log(32_000), abs=1e-5)
 
@@ -58,33 +49,43 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     """Dividing by it would give infinities or turn the distribution over."""
     with pytest.raises(ValueError, match="temperature"):
-        token_logprobs(torch.zeros(2, 3), torch.tensor([0, 1]), temperature)
+        of_logits(torch.zeros(2, 3), torch.tensor([0, 1]), temperature)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 3, 10, 100])
-def test_chunks_change_neither_values_nor_gradients(chunk):
-    """Values, and gradients for hidden states and head, are those of the plain computation, for both functions."""
+def test_chunks_change_neither_values_nor_gradients(chunk, temperature):
+    """Values and gradients are those of a plain log-softmax, also through a head that bends its logits."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(10, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
+    hidden, weight = torch.randn(10, 8), torch.randn(20, 8)
     ids, upstream = torch.randint(20, (10,)), torch.randn(10)
 
-    def results(function):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = function(h, lambda x: x @ w.T)
-        (sum(out) * upstream).sum().backward()
-        return [*out, h.grad, w.grad]
+    def head(x):
+        return 3 * torch.tanh(x @ weight.T)
 
-    plain = results(lambda h, head: (token_logprobs(head(h), ids, 0.7),))
-    chunked = results(lambda h, head: (chunked_token_logprobs(h, head, ids, 0.7, chunk),))
-    torch.testing.assert_close(chunked, plain)
-    plain = results(lambda h, head: (token_logprobs(head(h), ids, 0.7), token_entropy(head(h), 0.7)))
-    chunked = results(lambda h, head: chunked_token_logprobs_and_entropy(h, head, ids, 0.7, chunk))
-    torch.testing.assert_close(chunked, plain)
+    def results(function):
+        h = hidden.clone().requires_grad_()
+        out = function(h)
+        (out * upstream).sum().backward()
+        return [out, h.grad]
+
+    plain = results(lambda h: (head(h) / temperature).log_softmax(-1)[range(10), ids])
+    torch.testing.assert_close(results(lambda h: token_logprobs(h, head, ids, temperature, chunk)), plain)
+
+
+def test_with_and_without_gradients_the_values_are_the_same():
+    """Bit for bit: the first ratio of a PPO update is 1."""
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(10, 8), torch.randn(300, 8), torch.randint(300, (10,))
+    learning = token_logprobs(hidden.requires_grad_(), lambda x: x @ weight.T, ids, 0.9, 4)
+    assert learning.requires_grad
+    with torch.no_grad():
+        assert torch.equal(token_logprobs(hidden, lambda x: x @ weight.T, ids, 0.9, 4), learning)
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_more_logits_than_a_chunk_are_alive(grad):
-    """In forward and backward pass, logits of earlier chunks are freed before those of the next are made."""
+    """Logits of earlier chunks are freed before those of the next are made, and none are made anew for gradients."""
     alive, most, calls = weakref.WeakSet(), 0, 0
     weight = torch.randn(50, 8)
 
@@ -100,17 +101,17 @@ def test_no_more_logits_than_a_chunk_are_alive(grad):
         return logits
 
     hidden = torch.randn(12, 8, requires_grad=grad)
-    logprobs = chunked_token_logprobs(hidden, head, torch.zeros(12, dtype=torch.long), 1.0, 3)
+    logprobs = token_logprobs(hidden, head, torch.zeros(12, dtype=torch.long), 1.0, 3)
     if grad:
         logprobs.sum().backward()
-    assert calls == (8 if grad else 4)
+    assert calls == 4
     assert most == 1
 
 
 def test_no_tokens_have_no_logprobs():
     """A process whose share is empty gets an empty tensor, still joined to the graph."""
     hidden = torch.zeros(0, 8, requires_grad=True)
-    out = chunked_token_logprobs(hidden, lambda x: x @ torch.zeros(8, 5), torch.zeros(0, dtype=torch.long), 1.0, 4)
+    out = token_logprobs(hidden, lambda x: x @ torch.zeros(8, 5), torch.zeros(0, dtype=torch.long), 1.0, 4)
     assert out.shape == (0,)
     out.sum().backward()
 
@@ -118,24 +119,27 @@ def test_no_tokens_have_no_logprobs():
 def test_sampling_by_hand():
     """With probabilities 1/8, 2/8, 5/8 the tokens' shares of [0, 1) are cut at 1/8 and 3/8; a cut opens the next."""
     uniform = torch.tensor([0.0, 0.124, 0.126, 0.374, 0.376, 0.999])
-    ids, logprobs = sample_inverse_cdf(torch.tensor([1.0, 2.0, 5.0]).log().expand(6, 3), uniform)
+    ids = sample_inverse_cdf(torch.tensor([1.0, 2.0, 5.0]).log().expand(6, 3), uniform)
     assert ids.tolist() == [0, 0, 1, 1, 2, 2]
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([1, 1, 2, 2, 5, 5]) / 8)
 
 
 def test_a_number_on_a_cut_draws_the_next_token():
     """Four equal tokens, whose shares of [0, 1) begin at 0, 1/4, 1/2 and 3/4, each with its beginning."""
-    ids, _ = sample_inverse_cdf(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    ids = sample_inverse_cdf(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]))
     assert ids.tolist() == [0, 1, 2, 3]
 
 
 def test_a_sum_that_rises_on_an_impossible_token_does_not_draw_it(monkeypatch):
     """A parallel scan may round differently from one token to the next, as if one of probability 0 had some."""
     cumsum = torch.Tensor.cumsum
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: cumsum(x, dim) + torch.tensor([0.0, 1e-7, 0.0]))
+    rise = torch.zeros(256).index_fill(0, torch.tensor([1]), 1e-7)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: cumsum(x, dim) + rise[: x.shape[-1]])
     logits = torch.tensor([[0.0, -math.inf, 0.0]])
-    ids, _ = sample_inverse_cdf(logits, torch.tensor([0.5]))
+    ids = sample_inverse_cdf(logits, torch.tensor([0.5]))
     assert ids.tolist() == [2]
+    # the same with whole spans of 256: all that is in the second one is impossible
+    ids = sample_inverse_cdf(logits.repeat_interleave(256, dim=1), torch.tensor([0.5]))
+    assert ids.tolist() == [512]
 
 
 def test_sampled_shares_are_the_probabilities():
@@ -143,7 +147,7 @@ def test_sampled_shares_are_the_probabilities():
     n, temperature = 10_000, 0.5
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
     uniform = (torch.arange(n) + 0.5) / n
-    ids, _ = sample_inverse_cdf(logits.expand(n, 4), uniform, temperature)
+    ids = sample_inverse_cdf(logits.expand(n, 4), uniform, temperature)
     expected = [math.exp(lp) for lp in oracle.log_softmax(logits.tolist(), temperature)]
     assert (torch.bincount(ids, minlength=4) / n).tolist() == pytest.approx(expected, abs=1.5 / n)
 
@@ -156,15 +160,25 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform, dtype):
     logits[0, [5, 6]] = 0.0
     logits[1, [1]] = 0.0
     logits[2, 1:-1] = torch.linspace(-300, 0, 998)  # underflows to probability 0 without being -inf
-    ids, logprobs = sample_inverse_cdf(logits, torch.full((3,), uniform, dtype=dtype))
+    ids = sample_inverse_cdf(logits, torch.full((3,), uniform, dtype=dtype))
     assert (logits.softmax(-1).gather(1, ids[:, None]) > 0).all()
-    assert logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [256, 257, 1000, 32_000])
+def test_sampling_in_spans_is_sampling(vocabulary):
+    """Over many spans, whole or not, the token drawn is the first whose cumulative probability exceeds the number."""
+    torch.manual_seed(0)
+    logits, uniform = 3 * torch.randn(200, vocabulary), torch.rand(200)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    ids = sample_inverse_cdf(logits, uniform)
+    at, before = (cumulative.gather(1, (ids - step).clamp(min=0)[:, None]).squeeze(1) for step in (0, 1))
+    assert (at >= uniform - 1e-5).all() and ((before <= uniform + 1e-5) | (ids == 0)).all()
 
 
 def test_a_draw_depends_on_its_own_row_only():
     """The same logits and number draw the same token whatever else is in the batch."""
     torch.manual_seed(0)
     logits, uniform = torch.randn(50, 300), torch.rand(50)
-    together, _ = sample_inverse_cdf(logits, uniform)
-    alone = [sample_inverse_cdf(logits[i : i + 1], uniform[i : i + 1])[0].item() for i in range(50)]
+    together = sample_inverse_cdf(logits, uniform)
+    alone = [sample_inverse_cdf(logits[i : i + 1], uniform[i : i + 1]).item() for i in range(50)]
     assert together.tolist() == alone
