@@ -47,6 +47,16 @@ def run(recipe: Path, out: Path, settings: Sequence[str] = (), *, log: Path | No
     return {**summary, "wall_s": time.monotonic() - started, "peak_bytes": peak}
 
 
+def install_trl(folder: Path, version: str = "1.12.0") -> Path:
+    """Put a trl of its own into `folder`, to come first in the PYTHONPATH of a process; return the folder.
+
+    1.12.0 is the last release with a PPO trainer.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    subprocess.run([*command, f"trl=={version}"], check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
 def conditions() -> dict[str, Any]:
     """Return what the figures were measured on."""
     import torch

@@ -22,14 +22,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from measure import ROOT, arguments, print_table, write
+from measure import ROOT, arguments, install_trl, print_table, write
 
-TRL = "trl==1.12.0"
 STEPS = 3  # of each process; the first warms up
 RANK = 16
 END, PAD = 0, 1  # token ids
-DIFFERENCES = f"""\
-What differs, {TRL} against rlhf_kit:
+DIFFERENCES = """\
+What differs, trl 1.12.0 against rlhf_kit:
   value function    a second model, all of it trained     | an adapter, or a head on the policy's trunk
   reward model      a third model                         | an adapter
   random numbers    one for each entry of the vocabulary  | one for each token
@@ -179,7 +178,7 @@ def prepare(folder: Path, shape: Shape, architecture: str, workload: str, value:
                 "kl_coef": 0.05,
                 "updates": STEPS,
                 "batch_size": shape.batch,
-                "microbatch": shape.batch,
+                "microbatch": shape.batch // 2,
                 "minibatches": 1,
                 "epochs": shape.epochs,
                 "max_new_tokens": shape.completion,
@@ -289,7 +288,7 @@ def trl_worker(folder: Path) -> None:
                 temperature=1.0,
                 kl_coef=settings["kl_coef"],
                 learning_rate=settings["learning_rate"],
-                gradient_checkpointing=False,  # its default, True, is slower
+                gradient_checkpointing=False,  # its default, True, is no faster
                 num_sample_generations=0,
                 bf16=False,
                 use_cpu=True,
@@ -398,9 +397,7 @@ def main() -> None:
     pairs = chosen.pairs or (2 if chosen.quick else 5)
     results = []
     with tempfile.TemporaryDirectory() as name:
-        trl = Path(name) / "trl"
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(trl), TRL]
-        subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
+        trl = install_trl(Path(name) / "trl")
         base = (
             imports_only("import rlhf_kit.pipeline, rlhf_kit.stages.ppo"),
             imports_only("from trl.experimental.ppo import PPOTrainer; import peft, datasets", trl),

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -357,6 +358,9 @@ class SharedBase:
             self.peft.add_adapter(role, config)
         heads = _copy_lora(self.peft, role, folder, self.base)
         self._layers = [module for module in self.causal.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            if isinstance(layer, LoraLayer) and isinstance(layer.lora_A[role], nn.Linear):
+                layer.forward = types.MethodType(_adapted, layer)
         for name, parameter in self.peft.named_parameters():
             if re.search(rf"\.lora_\w+\.{re.escape(role)}(\.weight)?$", name):
                 parameter.requires_grad_(trainable)
@@ -439,6 +443,22 @@ class SharedBase:
                 f"base.model: {type(self.causal).__name__} changes its logits after the output head in a way this "
                 "version does not know, so PPO would train on other probabilities than it samples; use another base."
             )
+
+
+def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
+    """The forward pass of a linear layer with the active role's adapter: W x + scaling B A x.
+
+    What PEFT computes, in fewer passes over memory; they are most of the time that an adapter costs on a CPU.
+    """
+    result = self.base_layer(x)
+    if self.disable_adapters:
+        return result
+    (role,) = self.active_adapters
+    down, up = self.lora_A[role].weight, self.lora_B[role].weight
+    low = nn.functional.linear(x.to(down.dtype), down)
+    plain = result.to(down.dtype).flatten(0, -2)
+    total = torch.addmm(plain, low.flatten(0, -2), up.t(), alpha=self.scaling[role])
+    return total.view_as(result).to(result.dtype)
 
 
 def _logit_adjustment(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:

@@ -175,7 +175,7 @@ class PPOStage(Settings):
     """What becomes of prompts that leave no room for `max_new_tokens`."""
     learning_rate: LearningRate = 1e-4
     value_learning_rate: LearningRate | None = None
-    """null is `learning_rate`."""
+    """null is `learning_rate`; of an adapter that times epochs / value_epochs, so that fewer steps go as far."""
     schedule: Schedule = "linear"
     warmup_updates: Annotated[int, Field(ge=0)] = 3
     weight_decay: NonNegative = 0.0
@@ -188,6 +188,9 @@ class PPOStage(Settings):
     value_coef: NonNegative = 0.1
     value: Literal["adapter", "trunk"] = "adapter"
     """adapter: its own adapter and head, started from the reward adapter. trunk: a head on the policy's trunk."""
+    value_epochs: Count | None = None
+    """In how many of the epochs, from the first, the value function learns too. null is 1 of an adapter, whose passes
+    come on top of the policy's, and all of a head on the policy's trunk."""
     missing_eos_penalty: NonNegative | None = None
     """Taken from the score of a completion that has no end token."""
     normalize_score: bool = True
@@ -474,6 +477,12 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
                 yield (
                     ("stages", name, "minibatches" if "minibatches" in stage else "batch_size"),
                     f"batch_size {batch_size} is not a multiple of minibatches {minibatches}",
+                )
+            epochs, value_epochs = stage.get("epochs", 4), stage.get("value_epochs")
+            if _is_count(epochs) and _is_count(value_epochs) and value_epochs > epochs:
+                yield (
+                    ("stages", name, "value_epochs"),
+                    f"must be at most epochs, which is {epochs}; seen {value_epochs}",
                 )
     trackers = data.get("trackers")
     if isinstance(trackers, list) and len({str(tracker) for tracker in trackers}) < len(trackers):

@@ -29,6 +29,12 @@ def microbatches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(rows[start : start + size])
 
 
+def of_like_length(mask: Tensor, rows: Sequence[int], size: int) -> list[list[int]]:
+    """Return `rows` of a mask [B, C] in pieces of at most `size`, shortest first, so that little of a piece is padding."""
+    lengths = mask.sum(1).tolist()
+    return list(microbatches(sorted(rows, key=lambda row: lengths[row]), size))
+
+
 def completion_states(shared: SharedBase, role: str, rollout: Rollout) -> Tensor:
     """Return the hidden states [B, C, H] from which a role predicts each completion token."""
     prompt_length = rollout.prompt_ids.shape[1]
@@ -84,9 +90,8 @@ def scored_by_models(
 
     passes: wraps the loop over microbatches, for a progress bar.
     """
-    count = len(rollout.scores)
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
-    for rows in passes(list(microbatches(range(count), microbatch))):
+    for rows in passes(of_like_length(rollout.completion_mask, range(len(rollout.scores)), microbatch)):
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
         states = completion_states(shared, policy, piece)
         fill(result["policy_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))

@@ -32,10 +32,11 @@ class Written:
     """[B, T] bool."""
 
     def rows(self, index: Sequence[int]) -> Written:
-        """Return some of the completions."""
+        """Return some of the completions, without columns that are padding in all of them."""
         picked = list(index)
         texts, prompts = [self.texts[row] for row in picked], [self.prompts[row] for row in picked]
-        return Written(prompts, texts, self.ids[picked], self.mask[picked])
+        columns = self.mask[picked].any(0)
+        return Written(prompts, texts, self.ids[picked][:, columns], self.mask[picked][:, columns])
 
 
 class Scorer(Protocol):

@@ -36,6 +36,7 @@ from rlhf_kit.rollout import (
     completion_logprobs,
     completion_states,
     microbatches,
+    of_like_length,
     scored_by_models,
     unscored,
 )
@@ -181,11 +182,16 @@ class PPO:
 
     def _make_optimizer(self) -> None:
         settings = self.settings
+        own_passes = settings.value == "adapter"
+        self.value_epochs = settings.value_epochs or (1 if own_passes else settings.epochs)
+        value_rate = settings.value_learning_rate or settings.learning_rate * (
+            settings.epochs / self.value_epochs if own_passes else 1
+        )
         self.parameters = self.shared.trainable()
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            own_rate = settings.value_learning_rate if name.startswith(f"{VALUE}/") else None
-            groups.setdefault(own_rate or settings.learning_rate, []).append(parameter)
+            rate = value_rate if name.startswith(f"{VALUE}/") else settings.learning_rate
+            groups.setdefault(rate, []).append(parameter)
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters, "lr": rate, "initial_lr": rate} for rate, parameters in groups.items()],
             weight_decay=settings.weight_decay,
@@ -242,7 +248,7 @@ class PPO:
             for name, parameter in self.parameters.items():
                 parameter.copy_(found.tensors[f"parameter/{name}"])
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(found.state["optimizer_steps"])),
+                    "step": found.tensors[f"step/{name}"],
                     "exp_avg": found.tensors[f"exp_avg/{name}"].to(parameter),
                     "exp_avg_sq": found.tensors[f"exp_avg_sq/{name}"].to(parameter),
                 }
@@ -269,9 +275,8 @@ class PPO:
             for name, parameter in self.parameters.items():
                 moments = self.optimizer.state[parameter]
                 tensors[f"parameter/{name}"] = parameter
-                tensors |= {f"{moment}/{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+                tensors |= {f"{moment}/{name}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
             state = {
-                "optimizer_steps": done * self.settings.epochs * self.settings.minibatches,
                 "kl_control": self.kl_control.state(),
                 "metrics": self.metrics,
                 "tokens": self.tokens,
@@ -326,8 +331,10 @@ class PPO:
         return rollout, Written([self.prompts[prompt] for prompt in prompts], texts, rollout.ids, rollout.mask)
 
     def _raw_scores(self, written: Written) -> Tensor:
-        pieces = microbatches(range(len(written.texts)), self.settings.microbatch)
-        return torch.cat([self.scorer(written.rows(piece)) for piece in pieces])
+        scores = torch.zeros(len(written.texts), device=self.shared.device)
+        for piece in of_like_length(written.mask, range(len(scores)), self.settings.microbatch):
+            scores[piece] = self.scorer(written.rows(piece))
+        return scores
 
     def _scored_by_models(self, rollout: Rollout) -> dict[str, Tensor]:
         return scored_by_models(
@@ -393,27 +400,33 @@ class PPO:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         lengths = distributed.gather_rows(rollout.completion_mask.sum(1).tolist(), self.accelerator)
-        sums = torch.zeros(5, dtype=torch.float64, device=self.shared.device)
+        policy_sums = torch.zeros(3, dtype=torch.float64, device=self.shared.device)
+        value_sums = torch.zeros(2, dtype=torch.float64, device=self.shared.device)
         gradient_norms, first_ratio_error = [], 0.0
         bar = progress(total=settings.epochs * len(self.rows), desc="  learning, completions")
         for epoch in range(settings.epochs):
             generator = torch.Generator().manual_seed(derived_seed(*self.seed, "minibatches", update, epoch))
             order = torch.randperm(size, generator=generator).tolist()
+            with_value = epoch < self.value_epochs
             for number, minibatch in enumerate(microbatches(order, size // settings.minibatches)):
                 tokens = sum(lengths[row] for row in minibatch)
                 mine = [row - self.rows.start for row in minibatch if row in self.rows]
-                for piece in microbatches(mine, settings.microbatch):
+                for piece in of_like_length(rollout.completion_mask, mine, settings.microbatch):
                     index = torch.tensor(piece, device=self.shared.device)
-                    loss, figures, ratio_error = self._losses(rollout.rows(index), index, targets, tokens)
-                    loss.backward()
-                    sums += figures
+                    policy_figures, value_figures, ratio_error = self._learn_from(
+                        rollout.rows(index), index, targets, tokens, with_value
+                    )
+                    policy_sums += policy_figures
+                    value_sums += value_figures
                     bar.update(len(piece))
                     if epoch == number == 0:
                         first_ratio_error = max(first_ratio_error, ratio_error)
-                gradient_norms.append(self._step(update))
+                gradient_norms.append(self._step(update, with_value))
         bar.close()
-        means = (distributed.total(sums, self.accelerator) / (settings.epochs * settings.minibatches)).tolist()
-        policy_loss, value_loss, clip_fraction, value_clip_fraction, approx_kl = means
+        policy_means = distributed.total(policy_sums, self.accelerator) / (settings.epochs * settings.minibatches)
+        value_means = distributed.total(value_sums, self.accelerator) / (self.value_epochs * settings.minibatches)
+        policy_loss, clip_fraction, approx_kl = policy_means.tolist()
+        value_loss, value_clip_fraction = value_means.tolist()
         return Learned(
             policy_loss,
             value_loss,
@@ -426,30 +439,40 @@ class PPO:
             seconds=time.monotonic() - started,
         )
 
-    def _losses(self, rollout: Rollout, index: Tensor, targets: Targets, tokens: int) -> tuple[Tensor, Tensor, float]:
-        """Return the microbatch's part of the minibatch's loss and of its figures [5], and its largest |ratio - 1|."""
+    def _learn_from(
+        self, rollout: Rollout, index: Tensor, targets: Targets, tokens: int, with_value: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """Add a microbatch's part of the minibatch's gradients.
+
+        Returns its part of the policy's figures [3] and of the value function's [2], and its largest |ratio - 1|.
+        """
         settings, mask = self.settings, rollout.completion_mask
         columns = mask.shape[1]
         advantage, returns = targets.advantages[index, :columns], targets.returns[index, :columns]
         states = completion_states(self.shared, POLICY, rollout)
         logprobs = completion_logprobs(self.shared, states, rollout, settings.temperature)
-        values = self.value(rollout, states)
-
-        policy_losses, clipped = ppo.policy_loss(logprobs, rollout.policy_logprobs, advantage, settings.clip)
-        value_losses, value_clipped = ppo.value_loss(values, rollout.values, returns, settings.value_clip)
-        policy_loss = masking.masked_mean(policy_losses, mask, tokens)
-        value_loss = masking.masked_mean(value_losses, mask, tokens)
-
+        losses, clipped = ppo.policy_loss(logprobs, rollout.policy_logprobs, advantage, settings.clip)
+        loss = masking.masked_mean(losses, mask, tokens)
         with torch.no_grad():
             moved = ppo.approx_kl(logprobs, rollout.policy_logprobs)
-            parts = [masking.masked_mean(x.float(), mask, tokens) for x in (clipped, value_clipped, moved)]
             ratio_error = float((torch.exp(logprobs - rollout.policy_logprobs) - 1).abs().max())
-        figures = torch.stack([policy_loss.detach(), value_loss.detach(), *parts]).double()
-        return policy_loss + settings.value_coef * value_loss, figures, ratio_error
+            policy_figures = masked_means(mask, tokens, losses, clipped, moved)
+        if not with_value:
+            loss.backward()
+            return policy_figures, policy_figures.new_zeros(2), ratio_error
+        if settings.value == "adapter":  # it has a graph of its own; the policy's makes room for it
+            loss.backward()
+            loss = torch.zeros_like(loss)
+        values = self.value(rollout, states)
+        losses, clipped = ppo.value_loss(values, rollout.values, returns, settings.value_clip)
+        (loss + settings.value_coef * masking.masked_mean(losses, mask, tokens)).backward()
+        return policy_figures, masked_means(mask, tokens, losses, clipped), ratio_error
 
-    def _step(self, update: int) -> float:
+    def _step(self, update: int, with_value: bool) -> float:
         """Take one optimizer step with the gradients of all processes; return their norm before clipping."""
-        parameters = list(self.parameters.values())
+        parameters = [
+            parameter for name, parameter in self.parameters.items() if with_value or not name.startswith(f"{VALUE}/")
+        ]
         distributed.add_up_gradients(parameters, self.accelerator)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():
@@ -533,6 +556,11 @@ class PPO:
             for row in range(min(SAMPLES, len(written.texts)))
         ]
         checkpoints.append_lines(self.job.folder / "samples.jsonl", samples)
+
+
+def masked_means(mask: Tensor, tokens: int, *figures: Tensor) -> Tensor:
+    """Return the means over `tokens` real tokens of each of the figures [M, C], without gradients, float64."""
+    return torch.stack([masking.masked_mean(figure.detach().float(), mask, tokens) for figure in figures]).double()
 
 
 def value_function(shared: SharedBase, kind: str) -> ValueFunction:

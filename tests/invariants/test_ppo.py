@@ -182,7 +182,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     broken = list(trainer.parameters)[2]
     trainer.parameters[broken].grad[0, 0] = torch.inf
     with pytest.raises(Diverged, match=rf"update 3: the gradient of {re.escape(broken)} is NaN or infinite"):
-        trainer._step(2)
+        trainer._step(2, with_value=True)
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.parameters.items())
 
 
