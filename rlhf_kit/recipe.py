@@ -7,6 +7,7 @@ user must decide has no default. Nothing here imports torch.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -490,7 +491,7 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
     base = data.get("base")
     if isinstance(base, dict) and base.get("trust_remote_code") is True and isinstance(base.get("model"), str):
         revision = base.get("revision", "main")
-        local = Path(base["model"]).expanduser().exists()
+        local = Path(os.path.expanduser(base["model"])).exists()
         if not local and not (isinstance(revision, str) and COMMIT.fullmatch(revision)):
             yield (
                 ("base", "trust_remote_code"),

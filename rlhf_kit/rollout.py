@@ -30,7 +30,7 @@ def microbatches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def of_like_length(mask: Tensor, rows: Sequence[int], size: int) -> list[list[int]]:
-    """Return `rows` of a mask [B, C] in pieces of at most `size`, shortest first, so that little of a piece is padding."""
+    """Return `rows` of a mask [B, C] in pieces of at most `size`, shortest first: little of a piece is padding."""
     lengths = mask.sum(1).tolist()
     return list(microbatches(sorted(rows, key=lambda row: lengths[row]), size))
 

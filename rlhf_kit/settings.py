@@ -166,7 +166,7 @@ def find_path(written: str, places: Sequence[Path]) -> Path | None:
     It is relative to the working directory when inside it, else absolute.
     """
     for place in places:
-        candidate = place / Path(written).expanduser()
+        candidate = place / os.path.expanduser(written)  # pathlib raises where a user is unknown
         try:
             exists = candidate.exists()
         except (OSError, ValueError):  # a name too long, a NUL character
@@ -181,7 +181,7 @@ def not_found(written: str, places: Sequence[Path]) -> str:
     """Return the end of a message about a path that `find_path` did not find: the nearest name, or where it looked."""
     if "$" in written:
         return "; environment variables are not filled in"
-    path = Path(written).expanduser()
+    path = Path(os.path.expanduser(written))
     folders = [Path()] if path.is_absolute() else list(dict.fromkeys(places))
     for place in folders:
         folder = (place / path).parent

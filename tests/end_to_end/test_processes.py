@@ -16,7 +16,9 @@ STAGES = ("sft", "reward", "ppo")
 
 
 def adapter(out, stage):
-    return read_adapter(out / stage / "adapter")
+    """Return an adapter's weights; of ppo, those of the value function too."""
+    folders = ("adapter", "value") if stage == "ppo" else ("adapter",)
+    return {f"{folder}/{name}": w for folder in folders for name, w in read_adapter(out / stage / folder).items()}
 
 
 def distance(one, other):

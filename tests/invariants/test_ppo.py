@@ -111,6 +111,41 @@ def test_microbatches_do_not_change_the_update(tmp_path, value):
             assert (other[name] - reference).abs().max() < 0.02 * moved, name
 
 
+@pytest.mark.parametrize(
+    ("settings", "learns"),
+    [
+        ({"value": "adapter"}, [True, True, False, False, False, False]),
+        ({"value": "adapter", "value_epochs": 2}, [True, True, True, True, False, False]),
+        ({"value": "trunk"}, [True] * 6),
+    ],
+)
+def test_the_value_function_learns_in_its_epochs(tmp_path, monkeypatch, settings, learns):
+    """In later epochs nothing of it moves, not by momentum either; the policy moves in every step."""
+    trainer = ppo.PPO(make_job(tmp_path, epochs=3, minibatches=2, **settings))
+    moved = []
+    step = trainer._step
+
+    def watched(*arguments):
+        before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+        norm = step(*arguments)
+        changed = {name.split("/")[0] for name, p in trainer.parameters.items() if not torch.equal(p, before[name])}
+        moved.append(changed)
+        return norm
+
+    monkeypatch.setattr(trainer, "_step", watched)
+    rollout, _ = trainer.roll_out(0)
+    trainer.learn(1, rollout, trainer.targets(rollout))
+    assert moved == [{"policy", "value"} if value else {"policy"} for value in learns]
+
+
+def test_scores_stay_with_their_rows(tmp_path, monkeypatch):
+    """Rows are scored among others of like length, and each gets its own score."""
+    trainer = ppo.PPO(make_job(tmp_path, microbatch=2))
+    _, written = trainer.roll_out(0)
+    monkeypatch.setattr(trainer, "scorer", lambda part: torch.tensor([float(len(text)) for text in part.texts]))
+    assert trainer._raw_scores(written).tolist() == [len(text) for text in written.texts]
+
+
 @pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
 def test_the_step_0_invariants_hold(tmp_path, quantization):
     """A run starts with KL exactly 0 and a first ratio of exactly 1, whatever the base is stored in."""

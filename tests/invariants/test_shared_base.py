@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,23 @@ def test_a_roles_loss_reaches_that_roles_parameters_only(world):
         for name, parameter in shared.peft.named_parameters()
         if ".policy." not in name and ".value." not in name
     )
+
+
+def test_adapted_layers_compute_what_pefts_do(world):
+    """For every layer and role, and for the base without one; values and gradients."""
+    shared, _ = world
+    torch.manual_seed(0)
+    for layer in shared._layers:
+        x = torch.randn(2, 3, layer.in_features)
+        for role in ("policy", "reward", models.BASE):
+            with shared.using(role):
+                results = []
+                for forward in (layer.forward, functools.partial(type(layer).forward, layer)):
+                    inputs = x.clone().requires_grad_()
+                    out = forward(inputs)
+                    out.square().sum().backward()
+                    results.append((out.detach(), inputs.grad))
+            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_using_a_role_ends_where_it_began(world):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_kit.errors import InputError
@@ -282,6 +282,7 @@ class TestMessages:
             ("stages.ppo.score_clip=.inf", "must be a finite number; seen .inf"),
             ("stages.sft.learning_rate=2", "must be at most 1; seen 2"),
             ("stages.ppo.minibatches=7", "batch_size 64 is not a multiple of minibatches 7"),
+            ("stages.ppo.value_epochs=9", "must be at most epochs, which is 4; seen 9"),
             ("stages.sft.kl_coef=1", "unknown key; it belongs to stages.<ppo stage>.kl_coef"),
             ("stages.sft.seed=1", "unknown key; it belongs to the top level, as seed"),
             ("load_in_8bit=true", "unknown key; here it is base.quantization: 8bit"),
@@ -434,6 +435,7 @@ def test_a_slip_of_the_keyboard_is_a_recipe_or_wrong_input(workplace, start, len
         "{}={}".format, st.sampled_from(["seed", "stages.ppo.lam", "base.model", "stages", "a.b"]), st.text(max_size=12)
     )
 )
+@example(override="base.model=~nobody")
 def test_any_override_is_taken_or_wrong_input(workplace, override):
     """Whatever stands behind --set: a recipe, or InputError, and nothing else."""
     recipe_or_problems(Path("recipe.yaml"), override)
