@@ -7,6 +7,7 @@ from the same is not made again; what was not is, and the log names the setting 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -14,7 +15,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,11 +165,26 @@ def start(recipe: Recipe) -> Accelerator:
             "from recipes/accelerate/."
         )
     device = accelerator.device
+    if device.type == "cpu":
+        _keep_freed_memory()
     say(
         f"rlhf_kit {artifacts.__version__}: {world} process{'es' if world > 1 else ''} on {_device_name(device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory that tensors free for the next ones; elsewhere nothing happens.
+
+    By itself it returns blocks of a few megabytes to the system and gets them back page by page: a tenth of PPO's time
+    on a CPU. The peak stays what it is.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+    with suppress(AttributeError, TypeError):  # not glibc; not POSIX
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _device_name(device: torch.device) -> str:
