@@ -450,15 +450,15 @@ def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
 
     What PEFT computes, in fewer passes over memory; they are most of the time that an adapter costs on a CPU.
     """
-    result = self.base_layer(x)
     if self.disable_adapters:
-        return result
+        return self.base_layer(x)
     (role,) = self.active_adapters
     down, up = self.lora_A[role].weight, self.lora_B[role].weight
-    low = nn.functional.linear(x.to(down.dtype), down)
-    plain = result.to(down.dtype).flatten(0, -2)
-    total = torch.addmm(plain, low.flatten(0, -2), up.t(), alpha=self.scaling[role])
-    return total.view_as(result).to(result.dtype)
+    rows = x.flatten(0, -2)
+    result = self.base_layer(rows)
+    low = nn.functional.linear(rows.to(down.dtype), down)
+    total = result.to(down.dtype).addmm_(low, up.t(), alpha=self.scaling[role])
+    return total.to(result.dtype).unflatten(0, x.shape[:-1])
 
 
 def _logit_adjustment(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
