@@ -47,12 +47,11 @@ class Shape:
     epochs: int
 
     @property
-    def trunk_parameters(self) -> int:
-        """Of the layers' matrices, which every token passes once."""
-        hidden, kv = self.config["hidden_size"], self.config["num_key_value_heads"]
-        head = hidden // self.config["num_attention_heads"]
-        layer = 2 * hidden * hidden + 2 * hidden * kv * head + 3 * hidden * self.config["intermediate_size"]
-        return layer * self.config["num_hidden_layers"]
+    def matrices(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of a layer's linear maps: q, k, v, o, gate, up, down."""
+        hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
+        kv = self.config["num_key_value_heads"] * hidden // self.config["num_attention_heads"]
+        return [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *2 * [(hidden, inner)], (inner, hidden)]
 
     @property
     def head_parameters(self) -> int:
@@ -333,16 +332,21 @@ def matmul_rate() -> float:
 def least_flops(shape: Shape, length: float, value: str) -> dict[str, float]:
     """Return the FLOPs that each phase of our step needs at least: 2 x parameters touched x tokens, each role counted.
 
-    length: mean completion tokens. A backward pass through frozen weights costs as much as the forward pass.
+    length: mean completion tokens. A backward pass costs as much as the forward pass through frozen weights, less what
+    nobody asks for (the gradients by the inputs of the lowest q, k and v), and twice as much through an adapter. The
+    value adapter learns in one of the epochs.
     """
-    rows = shape.batch * (shape.prompt + length)
-    answers = shape.batch * length
-    trunk, head = 2 * shape.trunk_parameters, 2 * shape.head_parameters
+    layers, tokens = shape.config["num_hidden_layers"], shape.batch * (shape.prompt + length)
+    frozen = 2 * tokens * layers * sum(inputs * outputs for inputs, outputs in shape.matrices)
+    lora = 2 * tokens * layers * sum(RANK * (inputs + outputs) for inputs, outputs in shape.matrices)
+    lowest = 2 * tokens * sum(inputs * outputs for inputs, outputs in shape.matrices[:3])
+    head = 2 * shape.batch * length * shape.head_parameters
+    forward, both_ways = frozen + lora, 2 * frozen - lowest + 3 * lora
     own_value = value == "adapter"
     return {
-        "generate": trunk * rows + head * answers,
-        "score": (3 + own_value) * trunk * rows + 2 * head * answers,  # policy, reference, reward (and value)
-        "learn": shape.epochs * 2 * ((1 + own_value) * trunk * rows + head * answers),
+        "generate": forward + head,
+        "score": (3 + own_value) * forward + 2 * head,  # policy, reference, reward (and value)
+        "learn": shape.epochs * (both_ways + 2 * head) + own_value * both_ways,
     }
 
 
