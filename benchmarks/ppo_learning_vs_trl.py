@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
 from measure import ROOT, arguments, install_trl, print_table, run, write
 
 sys.path.insert(0, str(ROOT))
@@ -253,18 +254,19 @@ def main() -> None:
 
             write_data(folder / "data", chosen.checkpoint, chosen.stories)
             recipe, seeds = ROOT / "tests" / "real_input" / "happy_stories.yaml", [1, 2, 3]
-            gold, kl_coef = "tests.real_input.happy_stories:score", 0.1
+            gold = "tests.real_input.happy_stories:score"
             settings += [f"base.model={chosen.checkpoint.resolve()}", f"data_root={folder / 'data'}"]
         else:
             recipe, seeds = ROOT / "recipes" / "quickstart.yaml", [7, 8, 9]
-            gold, kl_coef = "rlhf_kit.quickstart.world:gold", 0.05
+            gold = "rlhf_kit.quickstart.world:gold"
+        kl_coef = yaml.safe_load(recipe.read_text())["stages"]["ppo"]["kl_coef"]
         for seed in chosen.seeds or (seeds[:1] if chosen.quick else seeds):
             out = folder / f"run{seed}"
             for value in (*chosen.values, "trl"):
                 if value == "trl":
                     figures = theirs(out, gold, trl)
                 else:
-                    mine = [*settings, f"seed={seed}", f"stages.ppo.value={value}", f"stages.ppo.kl_coef={kl_coef}"]
+                    mine = [*settings, f"seed={seed}", f"stages.ppo.value={value}"]
                     figures, sft = ours(recipe, out, mine)
                 objective = figures["train score"] - kl_coef * figures["train kl"]
                 gain = (figures["gold"] - sft["gold"]) / sft["gold_std"]

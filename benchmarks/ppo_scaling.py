@@ -1,4 +1,4 @@
-"""How PPO's memory and time grow: with the batch, with the tokens, with the updates, and beside SFT's memory.
+"""How PPO's memory and time grow: with the batch, the tokens, the updates; beside SFT's memory; on a quantised base.
 
     python benchmarks/ppo_scaling.py
     python benchmarks/ppo_scaling.py --quick    fewer updates
@@ -26,13 +26,16 @@ COMPLETIONS = (12, 24, 48, 96)
 SHAPE = replace(SHAPES["15m"], batch=max(BATCHES))
 
 
-def ppo(folder: Path, base: int, **settings: object) -> tuple[float, float, list[dict[str, float]]]:
-    """Run the PPO stage; return net peak in GB, seconds a step, and the metrics."""
-    command = [sys.executable, "-m", "rlhf_kit", "run", "recipe.yaml", "--out", "run", "--only", "ppo", "--fresh"]
+def ppo(
+    folder: Path, base: int, quantization: str = "none", **settings: object
+) -> tuple[float, float, list[dict[str, float]]]:
+    """Run the PPO stage, and what it builds on where there is none yet; return net peak in GB, seconds, the metrics."""
+    command = [sys.executable, "-m", "rlhf_kit", "run", "recipe.yaml", "--out", f"run-{quantization}"]
+    command += ["--set", f"base.quantization={quantization}"]
     for name, value in {"microbatch": MICROBATCH, **settings}.items():
         command += ["--set", f"stages.ppo.{name}={value}"]
     seen = watch(command, folder, environment())
-    lines = (folder / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / f"run-{quantization}" / "ppo" / "metrics.jsonl").read_text().splitlines()
     return (seen.peak - base) / 1e9, seen.step_seconds, [json.loads(line) for line in lines]
 
 
@@ -95,6 +98,17 @@ def main() -> None:
         print()
         print_table(found["sft"])
         print(f"growth from update 5 to {updates}: {peaks[-1] / peaks[4]:.3f}; mean {fmean(peaks):.3f} GB")
+        found["quantization"] = []
+        for quantization in ("none", "8bit", "4bit"):
+            peak, _, metrics = ppo(folder, base, quantization, batch_size=32)
+            split = {
+                "generate s": fmean(line["time/rollout_s"] - line["time/scoring_s"] for line in metrics[1:]),
+                "score s": fmean(line["time/scoring_s"] for line in metrics[1:]),
+                "learn s": fmean(line["time/update_s"] for line in metrics[1:]),
+            }
+            found["quantization"].append({"base": quantization, "peak GB": peak, **split})
+        print()
+        print_table(found["quantization"])
     write(chosen.json, found)
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 from measure import ROOT, arguments, install_trl, print_table, write
 
-STEPS = 3  # of each process; the first warms up
 RANK = 16
 END, PAD = 0, 1  # token ids
 DIFFERENCES = """\
@@ -45,6 +44,8 @@ class Shape:
     completion: int
     batch: int
     epochs: int
+    steps: int
+    """Of each process; the first warms up."""
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
@@ -73,6 +74,7 @@ SHAPES = {
         completion=48,
         batch=32,
         epochs=4,
+        steps=3,
     ),
     "135m": Shape(
         {
@@ -87,6 +89,7 @@ SHAPES = {
         completion=64,
         batch=8,
         epochs=2,
+        steps=2,
     ),
 }
 
@@ -175,7 +178,7 @@ def prepare(folder: Path, shape: Shape, architecture: str, workload: str, value:
                 "reward": "reward",
                 "prompts": "prompts.md",
                 "kl_coef": 0.05,
-                "updates": STEPS,
+                "updates": shape.steps,
                 "batch_size": shape.batch,
                 "microbatch": shape.batch // 2,
                 "minibatches": 1,
@@ -280,7 +283,7 @@ def trl_worker(folder: Path) -> None:
                 gradient_accumulation_steps=1,
                 num_mini_batches=settings["minibatches"],
                 num_ppo_epochs=settings["epochs"],
-                total_episodes=STEPS * settings["batch_size"],
+                total_episodes=settings["updates"] * settings["batch_size"],
                 response_length=settings["max_new_tokens"],
                 local_rollout_forward_batch_size=settings["batch_size"],
                 stop_token="eos",
