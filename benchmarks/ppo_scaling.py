@@ -63,7 +63,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, SHAPE, "llama", "fixed", "adapter")
+        prepare(folder, SHAPE, "llama", "fixed")
         base = imports_only("import rlhf_kit.pipeline, rlhf_kit.stages.ppo")
         found["batch"] = []
         for batch in BATCHES:
@@ -77,7 +77,7 @@ def main() -> None:
             longer = replace(SHAPE, completion=tokens)
             place = folder / str(tokens)
             place.mkdir()
-            prepare(place, longer, "llama", "fixed", "adapter")
+            prepare(place, longer, "llama", "fixed")
             peak, seconds, _ = ppo(place, base, batch_size=32)
             total = 32 * (SHAPE.prompt + tokens)
             found["tokens"].append(

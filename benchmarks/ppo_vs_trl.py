@@ -4,7 +4,7 @@
     python benchmarks/ppo_vs_trl.py --quick    the smaller size, 2 pairs of each workload (minutes)
 
 Both get the same random base, LoRA rank, prompts, lengths, batch, PPO epochs, optimizer steps, dtype and threads, and
-run as processes of their own, one after the other: A B A B. A step's time is the time between the ends of two steps,
+run as processes of their own, one after the other, in turn. A step's time is the time between the ends of two steps,
 seen from outside; memory is the process's peak less that of a process that only imports the same libraries.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -140,7 +141,7 @@ def write_base(folder: Path, shape: Shape, architecture: str, end_probability: f
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-def prepare(folder: Path, shape: Shape, architecture: str, workload: str, value: str) -> None:
+def prepare(folder: Path, shape: Shape, architecture: str, workload: str) -> None:
     """Write everything that both sides need into `folder`, and take our SFT and reward stages one step."""
     import torch
     import yaml
@@ -185,7 +186,6 @@ def prepare(folder: Path, shape: Shape, architecture: str, workload: str, value:
                 "epochs": shape.epochs,
                 "max_new_tokens": shape.completion,
                 "learning_rate": 1e-6,
-                "value": value,
                 "samples_every": 1_000_000,
                 "checkpoint_every": {"updates": None, "minutes": None},
             },
@@ -239,10 +239,10 @@ def watch(command: list[str], folder: Path, env: dict[str, str]) -> Seen:
     return Seen(ends, usage.ru_maxrss * 1024, lines)
 
 
-def ours(folder: Path) -> Seen:
-    """Run our PPO stage."""
+def ours(folder: Path, value: str) -> Seen:
+    """Run our PPO stage with a kind of value function."""
     command = [sys.executable, "-m", "rlhf_kit", "run", "recipe.yaml", "--out", "run", "--only", "ppo", "--fresh"]
-    return watch(command, folder, environment())
+    return watch([*command, "--set", f"stages.ppo.value={value}"], folder, environment())
 
 
 def theirs(folder: Path, trl: Path) -> Seen:
@@ -356,35 +356,49 @@ def least_flops(shape: Shape, length: float, value: str) -> dict[str, float]:
 # ---------------------------------------------------------------- the table
 
 
-def compare(shape: Shape, folder: Path, trl: Path, pairs: int, value: str, base: tuple[int, int]) -> dict[str, Any]:
-    """Return medians over pairs of runs, ours and trl's in turn; `base` is what importing each side takes, in bytes."""
-    rows: list[dict[str, float]] = []
+def compare(
+    shape: Shape, folder: Path, trl: Path, pairs: int, values: Sequence[str], base: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Return the medians over pairs of runs for each value function; base: bytes that importing each side takes.
+
+    The runs take turns: trl's, then ours with each value function, and again.
+    """
+    rows: dict[str, list[dict[str, float]]] = {value: [] for value in values}
     for _ in range(pairs):
-        rate = matmul_rate()
-        our, their = ours(folder), theirs(folder, trl)
-        steps = [json.loads(line) for line in (folder / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()][1:]
-        length = fmean(step["rollout/length"] for step in steps)
-        least = least_flops(shape, length, value)
-        seconds = {
-            "generate": fmean(step["time/rollout_s"] - step["time/scoring_s"] for step in steps),
-            "score": fmean(step["time/scoring_s"] for step in steps),
-            "learn": fmean(step["time/update_s"] for step in steps),
-        }
-        rows.append(
-            {
-                "speed": their.step_seconds / our.step_seconds,
-                "memory": (our.peak - base[0]) / (their.peak - base[1]),
-                "ours s": our.step_seconds,
-                "trl s": their.step_seconds,
-                "ours GB": (our.peak - base[0]) / 1e9,
-                "trl GB": (their.peak - base[1]) / 1e9,
-                "length": length,
-                **{f"{name} s": value for name, value in seconds.items()},
-                **{f"{name} share": least[name] / seconds[name] / rate for name in least},
-            }
-        )
-        print_table(rows[-1:])
-    return {name: median(row[name] for row in rows) for name in rows[0]}
+        their = theirs(folder, trl)
+        for value in values:
+            rate = matmul_rate()
+            rows[value].append(figures(shape, folder, value, ours(folder, value), their, rate, base))
+            print_table([{"value": value, **rows[value][-1]}])
+    return [
+        {"value": value, **{name: median(row[name] for row in rows[value]) for name in rows[value][0]}}
+        for value in values
+    ]
+
+
+def figures(
+    shape: Shape, folder: Path, value: str, our: Seen, their: Seen, rate: float, base: tuple[int, int]
+) -> dict[str, float]:
+    """Return what a pair of runs gives; `rate` is the FLOP/s of a plain matmul beside it."""
+    steps = [json.loads(line) for line in (folder / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()][1:]
+    length = fmean(step["rollout/length"] for step in steps)
+    least = least_flops(shape, length, value)
+    seconds = {
+        "generate": fmean(step["time/rollout_s"] - step["time/scoring_s"] for step in steps),
+        "score": fmean(step["time/scoring_s"] for step in steps),
+        "learn": fmean(step["time/update_s"] for step in steps),
+    }
+    return {
+        "speed": their.step_seconds / our.step_seconds,
+        "memory": (our.peak - base[0]) / (their.peak - base[1]),
+        "ours s": our.step_seconds,
+        "trl s": their.step_seconds,
+        "ours GB": (our.peak - base[0]) / 1e9,
+        "trl GB": (their.peak - base[1]) / 1e9,
+        "length": length,
+        **{f"{name} s": value for name, value in seconds.items()},
+        **{f"{name} share": least[name] / seconds[name] / rate for name in least},
+    }
 
 
 def main() -> None:
@@ -412,14 +426,13 @@ def main() -> None:
         print(DIFFERENCES)
         for size in sizes:
             for workload in chosen.workloads:
-                for value in chosen.values:
-                    folder = Path(name) / f"{size}-{workload}-{value}"
-                    folder.mkdir()
-                    prepare(folder, SHAPES[size], chosen.architecture, workload, value)
-                    print(f"\n{size} {workload}, value {value}: pairs (ours first), then the medians", flush=True)
-                    found = compare(SHAPES[size], folder, trl, pairs, value, base)
-                    print_table([found])
-                    results.append({"size": size, "workload": workload, "value": value, **found})
+                folder = Path(name) / f"{size}-{workload}"
+                folder.mkdir()
+                prepare(folder, SHAPES[size], chosen.architecture, workload)
+                print(f"\n{size} {workload}: each pair, then the medians", flush=True)
+                found = compare(SHAPES[size], folder, trl, pairs, chosen.values, base)
+                print_table(found)
+                results += [{"size": size, "workload": workload, **row} for row in found]
     print()
     print_table(results)
     write(chosen.json, {"architecture": chosen.architecture, "pairs": pairs, "rows": results})

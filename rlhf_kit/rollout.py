@@ -16,7 +16,7 @@ from rlhf_kit.batches import Completions, PromptBatch, Rollout
 from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
 
-LOGIT_BYTES = 16 * 2**20
+LOGIT_BYTES = 48 * 2**20
 """Upper bound of the float32 logits that are held at a time; sets the chunk length."""
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
