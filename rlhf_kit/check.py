@@ -18,13 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_kit.data_cards import DataCard, HubSource, load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Examples, Preference, Prompt, PromptRow, Text, load_examples, prompts_of
+from rlhf_kit.examples import (
+    Demonstration,
+    Examples,
+    Preference,
+    Prompt,
+    PromptRow,
+    Ranking,
+    Text,
+    load_examples,
+    prompts_of,
+)
 from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-WITH_PROMPTS = ("prompts", "demonstrations", "preferences")
+WITH_PROMPTS = ("prompts", "demonstrations", "preferences", "rankings")
 MEASURED = 64
 """Of the rows whose characters say that they fit, so many are tokenised to say how long the longest is."""
 
@@ -316,6 +326,8 @@ def _row_texts(row: Any) -> list[str]:
             return [_texts(prompt) + completion]
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
             return [_texts(prompt) + chosen, _texts(prompt) + rejected]
+        case Ranking(prompt=prompt, completions=completions):
+            return [_texts(prompt) + completion for completion in completions]
     raise TypeError(type(row))
 
 

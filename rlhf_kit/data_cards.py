@@ -34,10 +34,11 @@ from rlhf_kit.settings import (
 
 __all__ = ["DataCard", "Filters", "HubSource", "load_card"]
 
-Kind = Literal["demonstrations", "preferences", "prompts", "text"]
+Kind = Literal["demonstrations", "preferences", "rankings", "prompts", "text"]
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "completion"),
     "preferences": ("prompt", "chosen", "rejected", "margin", "annotator"),
+    "rankings": ("prompt", "completions", "ranks", "ratings", "annotator"),
     "prompts": ("prompt",),
     "text": ("text",),
 }
@@ -120,7 +121,7 @@ class _Block(Settings):
 
 
 NEEDED: Mapping[tuple[str, ...], str] = {
-    ("kind",): "demonstrations, preferences, prompts or text",
+    ("kind",): "demonstrations, preferences, rankings, prompts or text",
     ("source",): f"a file ({', '.join(SUFFIXES)}), a list of files, or {{hub: owner/name, revision: ...}}",
     ("source", "hub"): "a Hub dataset, written owner/name",
     ("source", "revision"): "the commit or tag to read, so that the data cannot change under the recipe",
@@ -217,8 +218,6 @@ def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, ma
                 case "missing":
                     if not written_wrongly(key, raw, settings.model_fields):
                         yield loc, f"missing, and has no default: {NEEDED[tuple(str(step) for step in loc[1:])]}"
-                case "literal_error" if key == "kind" and error["input"] == "rankings":
-                    yield loc, "rankings are not read yet; write them out as pairs, of kind preferences"
                 case _:
                     yield loc, explain(error, loc, marked)
 

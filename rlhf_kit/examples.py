@@ -30,6 +30,7 @@ __all__ = [
     "Preference",
     "Prompt",
     "PromptRow",
+    "Ranking",
     "Row",
     "Text",
     "load_examples",
@@ -64,6 +65,21 @@ class Preference:
     where: str
     margin: float | None = None
     annotator: str | None = None
+    probability: float | None = None
+    """That `chosen` is the better one, from several votes; None is 1, and 0.5 a tie."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    prompt: Prompt
+    completions: list[str]
+    """2 to 9 of them, no two the same."""
+    ranks: list[float]
+    """1 is best; equal numbers tie."""
+    where: str
+    ratings: list[float] | None = None
+    """As given, higher is better, where the card maps ratings; the ranks follow from them."""
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Text:
     where: str
 
 
-Row = Demonstration | Preference | PromptRow | Text
+Row = Demonstration | Preference | Ranking | PromptRow | Text
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,10 @@ class Examples:
     """"read", "kept", and "dropped: <reason>" for each reason; what was kept and dropped adds up to what was read."""
     content_hash: str
     """SHA-256 over both lists, without `where`."""
+
+
+OPTIONAL = ("margin", "annotator", "ranks", "ratings")
+"""Our names for columns that may be missing where the card does not map them."""
 
 
 class _Broken(Exception):
@@ -239,7 +259,7 @@ def _check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None
     problems = []
     for name, column in card.columns.items():
         missing = [part for part in template_columns(column) or (column,) if part not in cells]
-        if not missing or (name in ("margin", "annotator") and name not in card.mapped):
+        if not missing or (name in OPTIONAL and name not in card.mapped):
             continue
         if name == "prompt" and name not in card.mapped and _is_dialogue(cells, card):
             continue
@@ -273,11 +293,34 @@ def _row(card: DataCard, cells: Mapping[str, Any], where: str) -> Row:
     if card.kind == "demonstrations":
         prompt, (completion,) = _hh(read, ["transcript"]) if card.format else read.prompt_and_answers(["completion"])
         return Demonstration(_kept(prompt), completion, where)
+    if card.kind == "rankings":
+        return _ranking(read, where)
     pair = ["chosen", "rejected"]
     prompt, (chosen, rejected) = _hh(read, pair) if card.format else read.prompt_and_answers(pair)
     if chosen.strip() == rejected.strip():
         raise _Broken("chosen equal to rejected", f'chosen is equal to rejected: "{_short(chosen)}"')
     return Preference(_kept(prompt), chosen, rejected, where, read.margin(), read.annotator())
+
+
+COMPLETIONS = (2, 9)
+"""Of one ranking, at least and at most."""
+
+
+def _ranking(read: _Cells, where: str) -> Ranking:
+    prompt, completions = read.prompt(), read.cell("completions")
+    if not isinstance(completions, list):
+        raise _Broken("completions are no list", f"{read.called('completions')} must be a list of texts")
+    completions = [_text(completion, "completion", read.called("completions")) for completion in completions]
+    if not COMPLETIONS[0] <= len(completions) <= COMPLETIONS[1]:
+        raise _Broken("not 2 to 9 completions", f"{len(completions)} completions; a ranking has 2 to 9")
+    if len({completion.strip() for completion in completions}) < len(completions):
+        raise _Broken("equal completions", f"{read.called('completions')} holds the same completion twice")
+    ratings = read.numbers("ratings", len(completions)) if read.has("ratings") else None
+    if ratings is not None:
+        ranks = [1.0 + sum(other > rating for other in ratings) for rating in ratings]
+    else:
+        ranks = read.numbers("ranks", len(completions))
+    return Ranking(_kept(prompt), completions, ranks, where, ratings, read.annotator())
 
 
 def _kept(prompt: Prompt) -> Prompt:
@@ -371,6 +414,16 @@ class _Cells:
         if margin is not None and not abs(margin) < float("inf"):
             raise _Broken("margin is no number", f"{self.called('margin')} must be a number; seen {_short(cell)}")
         return margin
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        """Return a list of as many numbers as there are completions."""
+        cell = self.cell(name)
+        if not isinstance(cell, list) or len(cell) != count:
+            raise _Broken(f"not one of {name} for each completion", f"{self.called(name)} must be {count} numbers")
+        for number in cell:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise _Broken(f"{name} are no numbers", f"{self.called(name)} must be numbers; seen {_short(number)}")
+        return [float(number) for number in cell]
 
     def annotator(self) -> str | None:
         cell = self.cell("annotator") if self.has("annotator") else None

@@ -98,9 +98,8 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"kind": "demo"}, 'card.md:3: rlhf_kit.kind: must be demonstrations, preferences, prompts or text'),
+            ({"kind": "demo"}, "kind: must be demonstrations, preferences, rankings, prompts or text"),
             ({"kind": ...}, "rlhf_kit.kind: missing, and has no default: demonstrations"),
-            ({"kind": "rankings"}, "rankings are not read yet; write them out as pairs"),
             ({"source": ...}, "rlhf_kit.source: missing, and has no default: a file"),
             ({"source": 3}, "rlhf_kit.source: must be a file"),
             ({"source": "c.jsonl"}, "card.md:4: rlhf_kit.source: there is no file c.jsonl; did you mean a.jsonl?"),

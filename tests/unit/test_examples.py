@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Text, load_examples, prompts_of
+from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Ranking, Text, load_examples, prompts_of
 from rlhf_kit.marked_yaml import write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +71,17 @@ class TestKinds:
         assert load(rows, "preferences").train == [
             Preference("Q", "a", "b", "d.jsonl:1", 2.0, "7"),
             Preference("Q", "a", "b", "d.jsonl:2", None, None),
+        ]
+
+    def test_rankings(self, here):
+        """Ranks as they are; ratings give the ranks, equal ones the same."""
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 4], "annotator": "x"}]
+        assert load(rows, "rankings").train == [
+            Ranking("Q", ["a", "b", "c", "d"], [2.0, 1.0, 2.0, 4.0], "d.jsonl:1", None, "x")
+        ]
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c", "d"], "ratings": [3, 7, 3, 1]}]
+        assert load(rows, "rankings").train == [
+            Ranking("Q", ["a", "b", "c", "d"], [2.0, 1.0, 2.0, 4.0], "d.jsonl:1", [3.0, 7.0, 3.0, 1.0])
         ]
 
     def test_prompts_and_text(self, here):
