@@ -109,7 +109,7 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
         if isinstance(stage, SFTStage):
             named["data"] = stage.data, ("demonstrations", "text")
         elif isinstance(stage, RewardStage):
-            named["data"] = stage.data, ("preferences",)
+            named["data"] = stage.data, ("preferences", "rankings")
             named["normalize_on"] = stage.normalize_on, ("demonstrations",)
         else:
             named["prompts"] = stage.prompts, WITH_PROMPTS
@@ -465,7 +465,7 @@ def _stage_lines(
             prompts = len(prompts_of(examples[stage.prompts]).train)
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
         return [line]
-    unit = "pairs" if isinstance(stage, RewardStage) else "rows"
+    unit = "prompts" if isinstance(stage, RewardStage) else "rows"
     if stage.data not in examples:
         long = f"{stage.max_steps:,} optimizer steps" if stage.max_steps else f"epochs {stage.epochs:g}, in steps"
         return [f"{head}{long} of {stage.batch_size:,} {unit}"]
