@@ -307,7 +307,9 @@ def test_pairs_share_one_cut_prompt(tmp_path):
 
 def test_pairs_without_margins_have_no_margin_column(tmp_path):
     """No margin is invented where the data has none."""
-    assert set(tokenise_comparisons([Preference("a", "b", "c", "1")], text_format(tmp_path), None, "error").rows[0]) == {
+    assert set(
+        tokenise_comparisons([Preference("a", "b", "c", "1")], text_format(tmp_path), None, "error").rows[0]
+    ) == {
         "chosen_ids",
         "rejected_ids",
     }
