@@ -8,7 +8,8 @@
     [answer_1, answer_2]           a list of them
     {system: sys, user: question}  chat messages, for prompts
 
-A column whose own name is written like that (`preference.responses`) is taken before the way into another.
+Where a path goes into a text, the text is read as JSON, which is how .csv files hold lists. A column whose own name is
+written like a path (`preference.responses`) is taken before the way into another.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ def _filled(name: str, cells: Mapping[str, Any]) -> str:
 
 def _walk(value: Any, steps: tuple[Step, ...], path: str) -> Any:
     for number, step in enumerate(steps):
+        if isinstance(value, str) and number:
+            value = _structured(value, path)
         if isinstance(step, str):
             if not isinstance(value, Mapping):
                 raise Missing("missing column", f"{path}: there is no {step}, for it is inside no mapping")
@@ -137,7 +140,7 @@ def _walk(value: Any, steps: tuple[Step, ...], path: str) -> Any:
                 raise Missing("missing column", f"{path}: there is no {step} in this row{did_you_mean(step, value)}")
             value = value[step]
         elif not isinstance(value, list):
-            raise Missing("missing column", f"{path}: there is no list to take an element of")
+            raise Missing("missing column", f"{path}: there is no list to take {_shown(step)} of")
         elif isinstance(step, slice):
             return [_walk(item, steps[number + 1 :], path) for item in value[step]]
         elif not -len(value) <= step < len(value):
@@ -145,3 +148,15 @@ def _walk(value: Any, steps: tuple[Step, ...], path: str) -> Any:
         else:
             value = value[step]
     return value
+
+
+def _structured(text: str, path: str) -> Any:
+    """Return the list or object that a text spells, as cells of .csv files do."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise Missing("missing column", f"{path}: goes into a text, which is not JSON: {text[:40]!r}") from None
+
+
+def _shown(step: int | slice) -> str:
+    return f"[{step}]" if isinstance(step, int) else "the elements"

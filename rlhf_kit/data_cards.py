@@ -67,11 +67,11 @@ SHAPES: Mapping[str, tuple[Shape, ...]] = {
 """A card has the first shape of its kind unless it maps a name that only another has."""
 HH_SHAPES: Mapping[str, tuple[Shape, ...]] = {
     **{kind: (Shape(("transcript",)),) for kind in ("demonstrations", "prompts")},
-    "preferences": tuple(Shape(shape.needed[1:], shape.may, shape.judged) for shape in SHAPES["preferences"]),
+    "preferences": tuple(Shape(one.needed[1:], ("prompt", *one.may), one.judged) for one in SHAPES["preferences"]),
     "rankings": SHAPES["rankings"][:1],
 }
-"""Of format hh, where one column holds prompt and completion, or a ranking's prompt is a transcript."""
-PREFIX_SHAPES = {"preferences": HH_SHAPES["preferences"]}
+"""Of format hh, where one column holds prompt and completion, or the prompt is a transcript of its own."""
+PREFIX_SHAPES = {"preferences": tuple(Shape(one.needed[1:], one.may, one.judged) for one in SHAPES["preferences"])}
 """Of format common_prefix, where prompts stand in the answers only."""
 BY_DEFAULT = {"transcript": "chosen"}
 """Our names that are called otherwise in the data unless mapped."""

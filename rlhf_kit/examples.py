@@ -227,6 +227,11 @@ class Book:
     breaking: Counter[str] = field(default_factory=Counter)
     """Those of `dropped` that break a rule."""
 
+    @property
+    def kept_so_far(self) -> int:
+        """How many rows of the files have not been dropped."""
+        return self.read - self.dropped.total()
+
     def drop(self, reason: str, message: str, rows: int = 1) -> None:
         """Count rows that break a rule, and keep the first messages."""
         self.dropped[reason] += rows
@@ -459,10 +464,11 @@ def _counted_votes(rows: Iterable[Preference], votes: str, book: Book) -> Iterat
     A vote counts by its probability, a tie a half for either side. No annotator is named where there were several.
     """
     pairs: dict[str, list[Preference]] = {}
+    before = book.kept_so_far
     for row in rows:
         pairs.setdefault(_encode([row.prompt, *sorted((row.chosen, row.rejected))]), []).append(row)
+    book.merged["votes on one pair"] += book.kept_so_far - before - len(pairs)
     for cast in pairs.values():
-        book.merged["votes on one pair"] += len({row.where for row in cast}) - 1
         first = cast[0]
         share = sum(
             probability_of(row) if row.chosen == first.chosen else 1 - probability_of(row) for row in cast
@@ -831,7 +837,12 @@ def _chat(parts: Mapping[str, Any], called: str) -> list[dict[str, str]]:
 
 
 def _hh(read: _Cells, names: Sequence[str]) -> tuple[Prompt, list[str]]:
-    """Return what both transcripts say before the last answer, and the last answers."""
+    """Return what both transcripts say before the last answer, and the last answers.
+
+    Where the card maps the prompt, that is a transcript and the answers are not.
+    """
+    if "prompt" in read.card.columns:
+        return _hh_prompt(read.text("prompt")), [read.text(name) for name in names]
     turns = [_hh_turns(read.text(name)) for name in names]
     prompt = turns[0][0]
     if any(other != prompt for other, _ in turns):

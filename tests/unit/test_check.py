@@ -88,7 +88,9 @@ class TestPlan:
         """A held-out prompt that another stage learns from is a note."""
         write_jsonl(workplace / "held.jsonl", [{"prompt": "Where is the hat?"}, {"prompt": "unseen"}])
         Path("asked.md").write_text(
-            Path("asked.md").read_text().replace("asked.jsonl", "asked.jsonl\n  heldout: held.jsonl\n  shared_prompts: drop")
+            Path("asked.md")
+            .read_text()
+            .replace("asked.jsonl", "asked.jsonl\n  heldout: held.jsonl\n  shared_prompts: drop")
         )
         Path("shown.md").write_text(Path("shown.md").read_text().replace("shown.jsonl", "shown.jsonl\n  heldout: 0"))
         notes = [line for line in check_recipe(load_recipe("recipe.yaml")) if line.startswith("note")]
