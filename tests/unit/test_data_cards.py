@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_kit.data_cards import DataCard, HubSource, load_card, template_columns
+from rlhf_kit.columns import template_columns
+from rlhf_kit.data_cards import DataCard, HubSource, load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import write_yaml
 

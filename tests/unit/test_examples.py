@@ -297,9 +297,12 @@ class TestSplit:
         assert load([{"prompt": "Q"}], "prompts", heldout=share).heldout == []
 
     def test_heldout_file(self, here):
-        """Rows of another file; a training prompt that is also in it is dropped and counted."""
+        """Rows of another file; a training prompt that is also in it is an error, or dropped and counted."""
         Path("h.jsonl").write_text('{"prompt": "a"}\n{"prompt": "z"}\n')
-        found = load([{"prompt": p} for p in "abc"], "prompts", heldout="h.jsonl")
+        first, last = wrong([{"prompt": p} for p in "abc"], "prompts", heldout="h.jsonl")
+        assert first == "d.jsonl:1: the prompt is also held out, in h.jsonl:1"
+        assert last.startswith("c.md: 1 rows to train on have prompts that are also held out")
+        found = load([{"prompt": p} for p in "abc"], "prompts", heldout="h.jsonl", shared_prompts="drop")
         assert [row.prompt for row in found.train] == ["b", "c"]
         assert [row.where for row in found.heldout] == ["h.jsonl:1", "h.jsonl:2"]
         assert found.counts == {"read": 5, "kept": 4, "dropped: prompt is also held out": 1}
@@ -441,8 +444,8 @@ class TestFiles:
             ),
             (
                 "d.jsonl.gz",
-                gzip.compress(b"x" * (2**26 + 1), mtime=0),
-                "d.jsonl.gz:1: the line is longer than 67,108,864 bytes",
+                gzip.compress(b"x" * (2**24 + 1), mtime=0),
+                "d.jsonl.gz:1: the line is longer than 16,777,216 bytes",
             ),
             ("d.parquet", b"PAR1xxxxPAR1", "d.parquet:1: not a sound Parquet file"),
         ],
