@@ -231,7 +231,7 @@ def watch(command: list[str], folder: Path, env: dict[str, str]) -> Seen:
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if re.match(r"(ppo|trl) step \d+ ", line):
+        if re.match(r"(ppo|reward|trl) step \d+ ", line):
             ends.append(time.monotonic())
     _, status, usage = os.wait4(process.pid, 0)
     if status:

@@ -1,8 +1,9 @@
-"""The tensors that travel through PPO, in named frozen dataclasses, and the legend of their shapes.
+"""The tensors that travel through PPO and reward training, in named frozen dataclasses, and the legend of their shapes.
 
 B  completions of this process's rollout        P  prompt length in tokens, left-padded
 M  completions of a microbatch                  C  completion length in tokens, right-padded
 V  vocabulary size                              T  P + C
+N  completions of some compared prompts         Q  pairs of them
 
 Masks are true for real tokens and come from known lengths, never from comparing with a pad id.
 """
@@ -10,6 +11,7 @@ Masks are true for real tokens and come from known lengths, never from comparing
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,3 +94,36 @@ class Targets:
     """[B, C], 0 on padding."""
     returns: Tensor
     """[B, C], 0 on padding."""
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """The completions of some prompts, each once, and the pairs of them that a reward model learns from."""
+
+    ids: tuple[Tensor, ...]
+    """Forward passes [n, T] int64 of completions of like length behind their prompts, right-padded; the n's add up to
+    N."""
+    mask: tuple[Tensor, ...]
+    """[n, T] bool of each pass."""
+    learnt: tuple[Tensor, ...]
+    """[n, T] bool of each pass, true on the tokens of each prompt's best completion, for a language modelling loss."""
+    chosen: Tensor
+    """[Q], which of the N, in the order of the passes, is the better one of a pair."""
+    rejected: Tensor
+    """[Q]"""
+    probability: Tensor
+    """[Q] float32, that it is; 0.5 is a tie."""
+    margin: Tensor
+    """[Q] float32, by how much the scores are to differ."""
+    prompt: Tensor
+    """[Q], numbers from 0: whose pair it is."""
+
+    def to(self, device: torch.device) -> Comparisons:
+        """Return the same on a device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = (
+                tuple(piece.to(device) for piece in value) if isinstance(value, tuple) else value.to(device)
+            )
+        return Comparisons(**moved)

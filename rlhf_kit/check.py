@@ -18,13 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_kit.data_cards import DataCard, HubSource, load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Examples, Preference, Prompt, PromptRow, Text, load_examples, prompts_of
+from rlhf_kit.examples import (
+    Demonstration,
+    Examples,
+    Preference,
+    Prompt,
+    PromptRow,
+    Ranking,
+    Text,
+    load_examples,
+    prompts_of,
+)
 from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-WITH_PROMPTS = ("prompts", "demonstrations", "preferences")
+WITH_PROMPTS = ("prompts", "demonstrations", "preferences", "rankings")
 MEASURED = 64
 """Of the rows whose characters say that they fit, so many are tokenised to say how long the longest is."""
 
@@ -99,7 +109,7 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
         if isinstance(stage, SFTStage):
             named["data"] = stage.data, ("demonstrations", "text")
         elif isinstance(stage, RewardStage):
-            named["data"] = stage.data, ("preferences",)
+            named["data"] = stage.data, ("preferences", "rankings")
             named["normalize_on"] = stage.normalize_on, ("demonstrations",)
         else:
             named["prompts"] = stage.prompts, WITH_PROMPTS
@@ -316,6 +326,8 @@ def _row_texts(row: Any) -> list[str]:
             return [_texts(prompt) + completion]
         case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
             return [_texts(prompt) + chosen, _texts(prompt) + rejected]
+        case Ranking(prompt=prompt, completions=completions):
+            return [_texts(prompt) + completion for completion in completions]
     raise TypeError(type(row))
 
 
@@ -453,7 +465,7 @@ def _stage_lines(
             prompts = len(prompts_of(examples[stage.prompts]).train)
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
         return [line]
-    unit = "pairs" if isinstance(stage, RewardStage) else "rows"
+    unit = "prompts" if isinstance(stage, RewardStage) else "rows"
     if stage.data not in examples:
         long = f"{stage.max_steps:,} optimizer steps" if stage.max_steps else f"epochs {stage.epochs:g}, in steps"
         return [f"{head}{long} of {stage.batch_size:,} {unit}"]

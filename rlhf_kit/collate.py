@@ -14,21 +14,23 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_kit import recipe
-from rlhf_kit.batches import PromptBatch
+from rlhf_kit.batches import Comparisons, PromptBatch
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Text
+from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Ranking, Text
 
 IGNORED = -100
 """The label of a token without a loss."""
@@ -338,37 +340,117 @@ def tokenise_demonstrations(
     return fitting.result()
 
 
-def tokenise_pairs(
-    rows: Iterable[Preference], text_format: TextFormat, max_length: int | None, truncate: recipe.Truncate
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt that were compared."""
+
+    chosen: int
+    """Which completion is the better one, or as good; `rejected` is the other."""
+    rejected: int
+    probability: float
+    """That `chosen` is the better one: from 0.5, a tie, to 1."""
+    margin: float
+    """By how much the scores are to differ."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The completions of one prompt and what was said about them."""
+
+    completions: list[str]
+    best: int
+    """The first among equals."""
+    pairs: list[Pair]
+    """All of them, ties included."""
+
+
+def compared(row: Preference | Ranking, rating_margin: float = 0.0) -> Compared:
+    """Return what a row compares; a preference is a ranking of two.
+
+    rating_margin: margin of a pair per point by which its ratings differ (Touvron et al. 2023, section 3.2.2: larger
+    margins for clearer preferences).
+
+    Raises: InputError when it is above 0 and the row has no ratings.
+    """
+    ratings = row.ratings if isinstance(row, Ranking) else None
+    if rating_margin and ratings is None:
+        raise InputError(
+            f"{row.where}: has no ratings for rating_margin to multiply; use a card of kind rankings that maps "
+            "ratings, or of kind preferences that maps margin, and rating_margin: 0"
+        )
+    if isinstance(row, Preference):
+        probability, margin = 1.0 if row.probability is None else row.probability, row.margin or 0.0
+        pair = Pair(0, 1, probability, margin) if probability >= 0.5 else Pair(1, 0, 1 - probability, margin)
+        return Compared([row.chosen, row.rejected], pair.chosen, [pair])
+    pairs = []
+    for one, other in combinations(range(len(row.completions)), 2):
+        chosen, rejected = (one, other) if row.ranks[one] <= row.ranks[other] else (other, one)
+        probability = 0.5 if row.ranks[one] == row.ranks[other] else 1.0
+        margin = rating_margin * (ratings[chosen] - ratings[rejected]) if ratings else 0.0
+        pairs.append(Pair(chosen, rejected, probability, margin))
+    return Compared(list(row.completions), row.ranks.index(min(row.ranks)), pairs)
+
+
+def tokenise_comparisons(
+    rows: Iterable[Preference | Ranking],
+    text_format: TextFormat,
+    max_length: int | None,
+    truncate: recipe.Truncate,
+    *,
+    ties: recipe.Ties = "drop",
+    rating_margin: float = 0.0,
 ) -> Tokenised:
-    """Return {"chosen_ids", "rejected_ids"} of each pair, and its "margin" if any pair has one (0 where missing).
+    """Return of each prompt the token rows of its completions and the pairs of them that are learnt from:
 
-    A prompt that is cut is cut alike on both sides, so that the longer completion fits.
+    {"completions": ids of prompt and completion, K of them; "prompt_tokens": how many of these are the prompt;
+    "best": the index of the best completion, the first among equals; "chosen", "rejected", "probability", "margin": of
+    each pair, as in `Pair`; "annotator"}.
 
-    Raises: as `tokenise_demonstrations`.
+    A prompt that is cut is cut alike for all completions, so that the longest fits.
+    ties: "drop" leaves tied pairs out, and rows without any other, counted.
+
+    Raises: as `tokenise_demonstrations` and `compared`; or when all pairs are ties that are left out.
     """
     fitting = _Fitting(text_format, max_length, truncate)
-    margins: list[float | None] = []
     for index, row in enumerate(rows):
-        fitting.look_at(row.prompt, row.chosen, row.rejected)
+        found = compared(row, rating_margin)
+        texts, pairs = found.completions, found.pairs
+        fitting.look_at(row.prompt, *texts)
+        if ties == "drop":
+            fitting.counts["tied pairs left out"] += sum(pair.probability == 0.5 for pair in pairs)
+            pairs = [pair for pair in pairs if pair.probability != 0.5]
+            if not pairs:
+                fitting.counts["dropped: all tied"] += 1
+                continue
         with _located(row.where):
             prompt = text_format.prompt_ids(row.prompt)
-        chosen = text_format.completion_ids(row.prompt, row.chosen)
-        rejected = text_format.completion_ids(row.prompt, row.rejected)
-        fitting.read_back((row.chosen, chosen), (row.rejected, rejected))
-        fitted = fitting.fit(row.where, prompt, max(len(chosen), len(rejected)))
+        completions = [text_format.completion_ids(row.prompt, text) for text in texts]
+        fitting.read_back(*zip(texts, completions, strict=True))
+        fitted = fitting.fit(row.where, prompt, max(map(len, completions)))
         if fitted is not None:
-            pair = {"chosen_ids": fitted + chosen, "rejected_ids": fitted + rejected}
-            fitting.keep(index, pair, sum(map(len, pair.values())))
-            margins.append(row.margin)
-    if any(margin is not None for margin in margins):
-        for pair, margin in zip(fitting.rows, margins, strict=True):
-            pair["margin"] = margin or 0.0
+            group = {
+                "completions": [fitted + completion for completion in completions],
+                "prompt_tokens": len(fitted),
+                "best": found.best,
+                **{name: [getattr(pair, name) for pair in pairs] for name in Pair.__annotations__},
+                "annotator": row.annotator,
+            }
+            fitting.keep(index, group, tokens_of_group(group))
+    if fitting.counts["rows"] == fitting.counts["dropped: all tied"]:
+        raise InputError(
+            f"all {fitting.counts['rows']} rows are ties, which teach no order; set ties: soft to pull the scores of "
+            "tied completions together, or use data with preferences."
+        )
     return fitting.result()
 
 
+def tokens_of_group(group: Mapping[str, Any]) -> int:
+    """Return the tokens of a prompt's completions, the prompt counted with each of them."""
+    return sum(map(len, group["completions"]))
+
+
 def tokenise_prompts(
-    rows: Iterable[PromptRow | Demonstration | Preference],
+    rows: Iterable[PromptRow | Demonstration | Preference | Ranking],
     text_format: TextFormat,
     max_prompt_tokens: int | None,
     truncate: recipe.Truncate,
@@ -452,7 +534,7 @@ class _Fitting:
                 "model with a longer context."
             )
         self.counts["kept"] = len(self.rows)
-        return Tokenised(self.rows, dict(self.counts), self.kept)
+        return Tokenised(self.rows, dict(+self.counts), self.kept)
 
 
 @contextmanager
@@ -480,3 +562,81 @@ def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor,
     ids = torch.full(mask.shape, pad_id, dtype=torch.long)
     ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
     return ids, mask
+
+
+# ---------------------------------------------------------------- batches by tokens
+
+PASS = 64
+"""A forward pass takes as long as its tokens, padding included, and about so many more."""
+
+
+def forward_passes(lengths: Sequence[int], budget: int | None = None) -> list[list[int]]:
+    """Return rows in forward passes, longest first, that take the least time: rows of like length share one.
+
+    The least is found among all ways of cutting the rows, sorted by length, into passes. A pass has at most `budget`
+    tokens, padding included; a longer row is alone.
+    """
+    budget = sum(lengths) * len(lengths) if budget is None else budget
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    longest = torch.tensor([lengths[row] for row in order], dtype=torch.float64)
+    least = torch.zeros(len(order) + 1, dtype=torch.float64)  # time of the first rows
+    start = [0] * (len(order) + 1)  # of the last pass among the first rows
+    for end in range(1, len(order) + 1):
+        first = max(0, min(end - 1, end - budget // max(1, lengths[order[end - 1]])))
+        rows = end - torch.arange(first, end)
+        tokens = longest[first:end] * rows
+        time = least[first:end] + tokens + PASS
+        time[(tokens > budget) & (rows > 1)] = torch.inf
+        least[end], cut = time.min(0)
+        start[end] = first + int(cut)
+    passes = []
+    end = len(order)
+    while end:
+        passes.append(order[start[end] : end])
+        end = start[end]
+    return passes[::-1]
+
+
+def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Return items, largest first, in lists whose sizes add up to at most `budget`; a larger one is alone."""
+    lists: list[list[int]] = []
+    room = -1
+    for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+        if sizes[item] > room:
+            lists.append([])
+            room = budget
+        lists[-1].append(item)
+        room -= sizes[item]
+    return lists
+
+
+def compare(groups: Sequence[Mapping[str, Any]], pad_id: int) -> Comparisons:
+    """Return the completions and pairs of some prompts, rows of `tokenise_comparisons`, as one microbatch."""
+    rows = [ids for group in groups for ids in group["completions"]]
+    firsts = [0, *accumulate(len(group["completions"]) for group in groups)]  # of each prompt's rows
+    asked = [group["prompt_tokens"] for group in groups for _ in group["completions"]]
+    best = {first + group["best"] for first, group in zip(firsts, groups, strict=False)}
+    passes = forward_passes([len(ids) for ids in rows])
+    padded = [right_pad([rows[row] for row in rows_of_pass], pad_id) for rows_of_pass in passes]
+    learnt = []
+    for rows_of_pass, (_, mask) in zip(passes, padded, strict=True):
+        first = torch.tensor([asked[row] if row in best else mask.shape[1] for row in rows_of_pass])
+        learnt.append(mask & (torch.arange(mask.shape[1]) >= first.unsqueeze(1)))
+    place = {row: number for number, row in enumerate(row for rows_of_pass in passes for row in rows_of_pass)}
+
+    def of_pairs(name: str) -> list[Any]:
+        return [value for group in groups for value in group[name]]
+
+    def places(name: str) -> Tensor:
+        return torch.tensor([place[f + row] for f, group in zip(firsts, groups, strict=False) for row in group[name]])
+
+    return Comparisons(
+        ids=tuple(ids for ids, _ in padded),
+        mask=tuple(mask for _, mask in padded),
+        learnt=tuple(learnt),
+        chosen=places("chosen"),
+        rejected=places("rejected"),
+        probability=torch.tensor(of_pairs("probability")),
+        margin=torch.tensor(of_pairs("margin")),
+        prompt=torch.tensor([number for number, group in enumerate(groups) for _ in group["chosen"]]),
+    )

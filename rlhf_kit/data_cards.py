@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from rlhf_kit.columns import Expression, fault, template_columns
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml
 from rlhf_kit.settings import (
     HUB_ID,
     Count,
+    Positive,
     Settings,
     Text,
     TextOrTexts,
@@ -32,24 +35,52 @@ from rlhf_kit.settings import (
     written_wrongly,
 )
 
-__all__ = ["DataCard", "Filters", "HubSource", "load_card"]
+__all__ = ["DataCard", "Filters", "HubSource", "Preferred", "load_card"]
 
-Kind = Literal["demonstrations", "preferences", "prompts", "text"]
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "demonstrations": ("prompt", "completion"),
-    "preferences": ("prompt", "chosen", "rejected", "margin", "annotator"),
-    "prompts": ("prompt",),
-    "text": ("text",),
+Kind = Literal["demonstrations", "preferences", "rankings", "prompts", "text"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Our names for the columns of rows of one kind."""
+
+    needed: tuple[str, ...]
+    may: tuple[str, ...] = ()
+    """What else there may be."""
+    judged: tuple[str, ...] = ()
+    """At least one of these says which completion is the better one."""
+
+
+SHAPES: Mapping[str, tuple[Shape, ...]] = {
+    "demonstrations": (Shape(("prompt", "completion")),),
+    "preferences": (
+        Shape(("prompt", "chosen", "rejected"), ("margin", "annotator", "ratings", "probability")),
+        Shape(("prompt", "first", "second"), ("margin", "annotator"), ("preferred", "ratings", "probability")),
+    ),
+    "rankings": (
+        Shape(("prompt", "completions"), ("annotator",), ("ranks", "ratings", "comparisons")),
+        Shape(("prompt", "completion"), ("annotator",), ("rank", "rating")),
+    ),
+    "prompts": (Shape(("prompt",)),),
+    "text": (Shape(("text",)),),
 }
-"""Our names for the columns of each kind; margin and annotator may be missing."""
-HH_COLUMNS: Mapping[str, Mapping[str, str]] = {
-    "demonstrations": {"transcript": "chosen"},
-    "preferences": {"chosen": "chosen", "rejected": "rejected"},
-    "prompts": {"transcript": "chosen"},
+"""A card has the first shape of its kind unless it maps a name that only another has."""
+HH_SHAPES: Mapping[str, tuple[Shape, ...]] = {
+    **{kind: (Shape(("transcript",)),) for kind in ("demonstrations", "prompts")},
+    "preferences": tuple(Shape(one.needed[1:], ("prompt", *one.may), one.judged) for one in SHAPES["preferences"]),
+    "rankings": SHAPES["rankings"][:1],
 }
-"""Of format hh, where one column holds prompt and completion: our names, and what they are called unless mapped."""
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""Endings of files that are read; all but .parquet also with .gz behind."""
+"""Of format hh, where one column holds prompt and completion, or the prompt is a transcript of its own."""
+PREFIX_SHAPES = {"preferences": tuple(Shape(one.needed[1:], one.may, one.judged) for one in SHAPES["preferences"])}
+"""Of format common_prefix, where prompts stand in the answers only."""
+BY_DEFAULT = {"transcript": "chosen"}
+"""Our names that are called otherwise in the data unless mapped."""
+UNASKED = ("margin", "annotator", "ranks", "ratings")
+"""Names that are taken without being mapped where a column is called so."""
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+"""Endings of files that are read; those of text also with .gz or .zst behind."""
+PACKED = (".gz", ".zst")
+BINARY = (".parquet", ".arrow", ".feather")
 
 
 @dataclass(frozen=True)
@@ -62,10 +93,38 @@ class HubSource:
     split: str
     data_dir: str | None
     data_files: str | tuple[str, ...] | None
+    streaming: bool = False
+    """Read rows as they come and keep no copy of the dataset."""
 
     def __str__(self) -> str:
         inside = "".join(f"/{part}" for part in (self.config, self.data_dir) if part)
         return f"{self.repo}{inside}@{self.revision}[{self.split}]"
+
+
+def _values(written: Any) -> Any:
+    values = written if isinstance(written, list) else [written]
+    if values and all(isinstance(value, str | int | float | bool) for value in values):
+        return values
+    raise PydanticCustomError("unexpected", "{expected}", {"expected": "a value or a list of values"})
+
+
+def _column(written: Any) -> Any:
+    if isinstance(written, list | dict):
+        parts = written.values() if isinstance(written, dict) else written
+        if written and all(isinstance(part, str) and part for part in parts):
+            return written
+        raise PydanticCustomError("unexpected", "{expected}", {"expected": "columns, written as text"})
+    if isinstance(written, str) and written:
+        return written
+    raise (
+        PydanticKnownError("string_too_short", {"min_length": 1})
+        if written == ""
+        else PydanticKnownError("string_type")
+    )
+
+
+Values = Annotated[list[Any], BeforeValidator(_values)]
+_Column = Annotated[Any, BeforeValidator(_column)]
 
 
 class Filters(Settings):
@@ -77,6 +136,16 @@ class Filters(Settings):
     """The dataset's column: the value, or list of values, that it must have."""
 
 
+class Preferred(Settings):
+    """What the values of a column that names the better completion mean; "0.5..3" is a range with both ends."""
+
+    first: Values
+    second: Values
+    tie: Values = Field(default=[])
+    drop: Values = Field(default=[])
+    """Values whose rows are left out, and counted."""
+
+
 @dataclass(frozen=True)
 class DataCard:
     """What a card says. `path` and `sources` open from the working directory."""
@@ -85,13 +154,21 @@ class DataCard:
     name: str
     kind: Kind
     sources: tuple[Path, ...] | HubSource
-    format: Literal["hh"] | None
-    columns: Mapping[str, str]
-    """Every one of our names of this kind -> the dataset's column, or a template such as "{instruction}\\n{input}"."""
+    format: Literal["hh", "common_prefix"] | None
+    columns: Mapping[str, Expression]
+    """Our names of this kind and shape -> where the value stands in a row, in the words of `columns`."""
     mapped: frozenset[str]
     """Those of our names that the card maps itself."""
+    templates: Mapping[str, str]
+    """Prompts over several columns, by name, of which each row draws one."""
+    preferred: Preferred | None
+    votes: Literal["majority", "probability"] | None
+    scale: tuple[float, float] | None
+    """The lowest and the highest rating there is."""
+    margin_per_point: float | None
     heldout: float | tuple[Path, ...] | HubSource
     """Share of prompts, chosen by their hash; or where the held-out rows are."""
+    shared_prompts: Literal["error", "drop"]
     filters: Filters
     on_problem: Literal["error", "drop"]
     metadata: Mapping[str, Any]
@@ -107,23 +184,32 @@ class _HubSettings(Settings):
     split: Text = "train"
     data_dir: Text | None = None
     data_files: TextOrTexts | None = None
+    streaming: bool = False
 
 
 class _Block(Settings):
     kind: Kind
     source: Any
-    format: Literal["hh"] | None = None
-    columns: dict[str, Text] = Field(default={})
+    format: Literal["hh", "common_prefix"] | None = None
+    columns: dict[str, _Column] = Field(default={})
+    templates: dict[str, Text] = Field(default={})
+    preferred: Preferred | None = None
+    votes: Literal["majority", "probability"] | None = None
+    scale: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    margin_per_point: Positive | None = None
     heldout: Any = 0.1
+    shared_prompts: Literal["error", "drop"] = "error"
     filters: Filters = Filters()
     on_problem: Literal["error", "drop"] = "error"
 
 
 NEEDED: Mapping[tuple[str, ...], str] = {
-    ("kind",): "demonstrations, preferences, prompts or text",
+    ("kind",): "demonstrations, preferences, rankings, prompts or text",
     ("source",): f"a file ({', '.join(SUFFIXES)}), a list of files, or {{hub: owner/name, revision: ...}}",
     ("source", "hub"): "a Hub dataset, written owner/name",
     ("source", "revision"): "the commit or tag to read, so that the data cannot change under the recipe",
+    ("preferred", "first"): "the values that mean that the first completion is the better one",
+    ("preferred", "second"): "the values that mean that the second completion is the better one",
 }
 
 
@@ -139,7 +225,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
     if not isinstance(metadata, dict) or not isinstance(metadata.get("rlhf_kit"), dict):
         raise InputError(_no_block(front))
     raw = dict(metadata["rlhf_kit"])
-    for name in ("filters", "columns"):
+    for name in ("filters", "columns", "templates"):
         if name in raw and raw[name] is None:  # its every key commented out
             raw[name] = {}
     metadata["rlhf_kit"] = raw
@@ -154,16 +240,21 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         raise InputError(front.messages(problems))
     block = _Block.model_validate(raw)
     assert sources is not None and heldout is not None
-    names = HH_COLUMNS[block.kind] if block.format == "hh" else {name: name for name in COLUMNS[block.kind]}
     return DataCard(
         path=path,
         name=path.stem,
         kind=block.kind,
         sources=sources,
         format=block.format,
-        columns={**names, **block.columns},
+        columns=_columns(raw),
         mapped=frozenset(block.columns),
+        templates=block.templates,
+        preferred=block.preferred,
+        votes=block.votes,
+        scale=None if block.scale is None else (block.scale[0], block.scale[1]),
+        margin_per_point=block.margin_per_point,
         heldout=heldout,
+        shared_prompts=block.shared_prompts,
         filters=block.filters,
         on_problem=block.on_problem,
         metadata={key: value for key, value in metadata.items() if key != "rlhf_kit"},
@@ -210,43 +301,123 @@ def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, ma
             if loc[:3] == ("rlhf_kit", "filters", "where") and len(loc) > 3:
                 yield loc[:4], f"must be a value or a list of values; seen {marked.seen(loc[:4])}"
                 continue
-            key, inside = str(loc[-1]), Filters if loc[1:-1] == ("filters",) else settings
+            inner: Mapping[str, type[Settings]] = {"filters": Filters, "preferred": Preferred}
+            key, inside = str(loc[-1]), inner.get(str(loc[-2]), settings)
             match error["type"]:
                 case "extra_forbidden":
                     yield loc, f"unknown key{did_you_mean(key, inside.model_fields)}"
                 case "missing":
                     if not written_wrongly(key, raw, settings.model_fields):
                         yield loc, f"missing, and has no default: {NEEDED[tuple(str(step) for step in loc[1:])]}"
-                case "literal_error" if key == "kind" and error["input"] == "rankings":
-                    yield loc, "rankings are not read yet; write them out as pairs, of kind preferences"
                 case _:
                     yield loc, explain(error, loc, marked)
 
 
+def _shapes(raw: Mapping[str, Any]) -> tuple[Shape, ...]:
+    """Return the shapes that rows of the card's kind and format may have; none if they do not go together."""
+    shapes = {"hh": HH_SHAPES, "common_prefix": PREFIX_SHAPES}.get(str(raw.get("format")), SHAPES)
+    return shapes.get(str(raw.get("kind")), ())
+
+
+def _shape(raw: Mapping[str, Any]) -> Shape:
+    """Return the shape that the mapped names belong to."""
+    shapes = _shapes(raw)
+    mapped = {*raw.get("columns", {}), *(["preferred"] if raw.get("preferred") is not None else [])}
+    first = shapes[0]
+    shared = {*first.needed, *first.may, *first.judged}
+    for shape in shapes[1:]:
+        if mapped & ({*shape.needed, *shape.judged} - shared):
+            return shape
+    return first
+
+
+def _columns(raw: Mapping[str, Any]) -> dict[str, Expression]:
+    """Return our names -> theirs, with those that need not be mapped."""
+    shape, mapped = _shape(raw), raw.get("columns", {})
+    names = [name for name in shape.needed if name != "prompt" or not raw.get("templates")]
+    optional = shape.may if mapped.keys() & set(shape.judged) else (*shape.may, *shape.judged)
+    names += [name for name in optional if name in UNASKED and (name != "ratings" or name in shape.judged)]
+    return {**{name: BY_DEFAULT.get(name, name) for name in names}, **mapped}
+
+
 def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Problem]:
-    kind, columns = raw.get("kind"), raw.get("columns", {})
-    if not isinstance(kind, str) or kind not in COLUMNS or not isinstance(columns, dict):
+    kind, columns, templates = raw.get("kind"), raw.get("columns", {}), raw.get("templates", {})
+    if not isinstance(kind, str) or kind not in SHAPES or not isinstance(columns, dict):
         return
-    if raw.get("format") == "hh" and kind not in HH_COLUMNS:
-        yield ("rlhf_kit", "format"), f"hh transcripts have no kind {kind}; use {', '.join(HH_COLUMNS)}"
+    if not _shapes(raw):
+        yield ("rlhf_kit", "format"), _no_such_format(str(raw["format"]), kind)
         return
-    ours = HH_COLUMNS[kind] if raw.get("format") == "hh" else COLUMNS[kind]
+    shape = _shape(raw)
+    ours = [*shape.needed, *shape.may, *shape.judged]
     for name, theirs in columns.items():
         at = ("rlhf_kit", "columns", name)
         if name not in ours:
-            swapped = (
-                f"; the order is ours: theirs, so {theirs}: {name}" if theirs in ours else did_you_mean(name, ours)
-            )
-            yield at, f"{kind} have no column {name}{swapped}"
-        elif isinstance(theirs, str) and ("{" in theirs or "}" in theirs) and not template_columns(theirs):
-            yield at, f'a template names columns in braces, such as "{{instruction}} {{input}}"; seen {marked.seen(at)}'
+            known = [*ours, *(other for one in _shapes(raw) for other in (*one.needed, *one.may, *one.judged))]
+            with_others = f", in a card with {', '.join(shape.needed)}" if name in known else ""
+            swapped = isinstance(theirs, str) and theirs in ours
+            hint = f"; the order is ours: theirs, so {theirs}: {name}" if swapped else did_you_mean(name, ours)
+            yield at, f"{kind} have no column {name}{with_others}{hint}"
+        elif isinstance(theirs, list) and name not in ("completions", "ranks", "ratings", "comparisons"):
+            yield at, "must be one column, or a template; seen a list"
+        elif isinstance(theirs, dict) and name != "prompt":
+            yield at, "must be one column, or a template; seen a mapping"
+        elif isinstance(theirs, str | list | dict) and (wrong := fault(theirs)):
+            yield at, f"{wrong}; seen {marked.seen(at)}"
+    judged = [name for name in columns if name in shape.judged and name != "ratings"]
+    if len(judged) > 1:
+        yield ("rlhf_kit", "columns", judged[1]), f"says again which is better, as {judged[0]} does; map one of them"
+    if "first" in shape.needed and not columns.keys() & set(shape.judged):
+        yield ("rlhf_kit", "columns"), f"map one of {', '.join(shape.judged)}, which says which completion is better"
+    if isinstance(templates, dict) and templates:
+        yield from _template_problems(templates, columns, shape, kind, marked)
+    yield from _judgement_problems(raw, columns, shape)
 
 
-@lru_cache(maxsize=256)
-def template_columns(template: str) -> tuple[str, ...]:
-    """Return the columns that a template such as "{instruction}\\n{input}" names; none if it is not a template."""
-    parts = re.split(r"\{([^{}]+)\}", template)
-    return () if any("{" in text or "}" in text for text in parts[::2]) else tuple(parts[1::2])
+def _no_such_format(written: str, kind: str) -> str:
+    if written == "hh":
+        return f"hh transcripts have no kind {kind}; use {', '.join(HH_SHAPES)}"
+    return f"common_prefix is for {', '.join(PREFIX_SHAPES)} and not for {kind}"
+
+
+def _template_problems(
+    templates: dict[str, Any], columns: dict[str, Any], shape: Shape, kind: str, marked: MarkedYaml
+) -> Iterator[Problem]:
+    at = ("rlhf_kit", "templates")
+    if "prompt" not in shape.needed:
+        yield at, f"{kind} of this format have no prompt to write a template for"
+    if "prompt" in columns:
+        yield ("rlhf_kit", "columns", "prompt"), "is mapped, and templates say it too; keep one"
+    for name, template in templates.items():
+        if isinstance(template, str) and not template_columns(template):
+            yield (*at, name), f'names no columns in braces, such as "{{question}}"; seen {marked.seen((*at, name))}'
+
+
+def _judgement_problems(raw: Mapping[str, Any], columns: dict[str, Any], shape: Shape) -> Iterator[Problem]:
+    """Yield what does not go together among the settings about which completion is the better one."""
+    kind, named = raw.get("kind"), columns.keys() & {"preferred", "comparisons"}
+    if named and raw.get("preferred") is None:
+        yield (
+            ("rlhf_kit", "columns", min(named)),
+            "say what its values mean: preferred: {first: 0, second: 1, tie: tie}",
+        )
+    elif raw.get("preferred") is not None and not named:
+        yield ("rlhf_kit", "preferred"), "there is no column for it; map columns: {preferred: <their name>}"
+    if raw.get("votes") is not None and "preferred" not in columns:
+        yield ("rlhf_kit", "votes"), "votes are counted in a column preferred, which is not mapped"
+    if raw.get("votes") is not None and "margin" in columns:
+        yield ("rlhf_kit", "votes"), "several votes on a pair have no one margin; leave out votes or columns.margin"
+    scale = raw.get("scale")
+    ends = scale if isinstance(scale, list) and all(isinstance(end, int | float) for end in scale) else []
+    if len(ends) == 2 and ends[0] >= ends[1]:
+        yield ("rlhf_kit", "scale"), f"goes from the lowest rating to the highest; seen {ends[0]:g}, {ends[1]:g}"
+    rated = columns.keys() & {"ratings", "rating"} or (kind == "rankings" and not columns.keys() & set(shape.judged))
+    if scale is not None and not rated:
+        yield ("rlhf_kit", "scale"), "is of ratings, and no column is mapped to ratings"
+    if raw.get("margin_per_point") is not None:
+        if kind != "preferences" or "ratings" not in columns:
+            yield ("rlhf_kit", "margin_per_point"), "is of preferences with a column mapped to ratings"
+        elif "margin" in columns:
+            yield ("rlhf_kit", "columns", "margin"), "is mapped, and margin_per_point says it too; keep one"
 
 
 # ---------------------------------------------------------------- where the rows are
@@ -263,11 +434,14 @@ def _sources(
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         problems.append((at, f"must be {NEEDED[('source',)]}; seen {marked.seen(at)}"))
         return None
-    files = []
+    files: list[Path] = []
+    before = len(problems)
     for index, name in enumerate(names):
         here = (*at, index) if isinstance(written, list) else at
         path = find_path(name, places)
-        if path is None and HUB_ID.fullmatch(name) and not Path(name).suffix:
+        if path is None and (matching_files := _glob(name, places)):
+            files += matching_files
+        elif path is None and HUB_ID.fullmatch(name) and not Path(name).suffix:
             problems.append(
                 (here, f"there is no file {name}; for the Hub dataset write {{hub: {name}, revision: <commit>}}")
             )
@@ -277,20 +451,33 @@ def _sources(
             inside = sorted(entry.name for entry in path.iterdir() if data_suffix(entry) is not None)
             problems.append((here, f"{path} is a folder; name the files in it{': ' * bool(inside)}{', '.join(inside)}"))
         elif data_suffix(path) is None:
-            problems.append((here, f"{path}: files end in {', '.join(SUFFIXES)}, or these and .gz"))
+            problems.append((here, f"{path}: files end in {', '.join(SUFFIXES)}, those of text also with .gz or .zst"))
         else:
             files.append(path)
     if len(set(files)) < len(files):
         problems.append((at, "names a file twice"))
-    return tuple(files) if len(files) == len(names) else None
+    return tuple(files) if len(problems) == before else None
+
+
+def _glob(pattern: str, places: Sequence[Path]) -> list[Path]:
+    """Return the data files that a pattern such as "parts/*.jsonl" stands for in the first place that has any."""
+    if not re.search(r"[*?\[]", pattern):
+        return []
+    for place in places:
+        names = sorted(glob(pattern, root_dir=place or None, recursive=True))
+        found = [path for name in names if (path := find_path(name, [place])) and data_suffix(path) is not None]
+        if found:
+            return found
+    return []
 
 
 def data_suffix(path: Path) -> str | None:
     """Return the ending that says how a file is read, such as ".jsonl" or ".csv.gz"; None if it is not read."""
     name = path.name.lower()
+    packed = next((end for end in PACKED if name.endswith(end)), "")
     for suffix in SUFFIXES:
-        if name.endswith(suffix) or (name.endswith(f"{suffix}.gz") and suffix != ".parquet"):
-            return suffix + ".gz" * name.endswith(".gz")
+        if name.removesuffix(packed).endswith(suffix) and not (packed and suffix in BINARY):
+            return suffix + packed
     return None
 
 
@@ -303,6 +490,7 @@ def _hub(settings: _HubSettings) -> HubSource:
         settings.split,
         settings.data_dir,
         tuple(files) if isinstance(files, list) else files,
+        settings.streaming,
     )
 
 
@@ -324,9 +512,7 @@ def _heldout(
         problems.append((at, f"must be a share, at least 0 and less than 1; seen {marked.seen(at)}"))
     elif isinstance(sources, HubSource):
         if isinstance(written, str) and written and written != sources.split:
-            return HubSource(
-                sources.repo, sources.revision, sources.config, written, sources.data_dir, sources.data_files
-            )
+            return replace(sources, split=written)
         problems.append(
             (at, f"must be a share such as 0.1, or another split than {sources.split}; seen {marked.seen(at)}")
         )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from rlhf_kit.collate import TextFormat, left_pad, tokenise_prompts
-from rlhf_kit.examples import Examples, Preference, Prompt, prompts_of
+from rlhf_kit.collate import TextFormat, compared, left_pad, tokenise_prompts
+from rlhf_kit.examples import Examples, Preference, Prompt, Ranking, prompts_of
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.maths import kl, statistics
 from rlhf_kit.metrics import progress, say
@@ -102,16 +102,24 @@ def _reward_figures(
     return figures
 
 
-def gold_accuracy(gold: str, pairs: Sequence[Any]) -> float:
-    """Return how often the gold scorer prefers the chosen answer, ties counted half.
+def gold_accuracy(gold: str, rows: Sequence[Preference | Ranking]) -> float:
+    """Return how often the gold scorer prefers the better answer of an untied pair, ties of its own counted half.
 
     Labels drawn from the gold preference with noise let no reward model do better than this, in expectation.
     """
-    assert all(isinstance(pair, Preference) for pair in pairs)
-    function, prompts = load_function(gold), [pair.prompt for pair in pairs]
-    chosen = call_function(function, gold, prompts, [pair.chosen for pair in pairs])
-    rejected = call_function(function, gold, prompts, [pair.rejected for pair in pairs])
-    return statistics.win_rate(chosen, rejected).rate
+    found = [compared(row) for row in rows]
+    prompts = [row.prompt for row, one in zip(rows, found, strict=True) for _ in one.completions]
+    scores = iter(
+        call_function(load_function(gold), gold, prompts, [text for one in found for text in one.completions])
+    )
+    scored = [[next(scores) for _ in one.completions] for one in found]
+    pairs = [
+        (of_row[pair.chosen], of_row[pair.rejected])
+        for one, of_row in zip(found, scored, strict=True)
+        for pair in one.pairs
+        if pair.probability != 0.5
+    ]
+    return statistics.win_rate(*zip(*pairs, strict=True)).rate
 
 
 def _win_rate(after: System, before: System) -> dict[str, Any]:

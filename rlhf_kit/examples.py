@@ -2,26 +2,26 @@
 
 Every row of the files is either kept or dropped for a reason that is counted. What is wrong with a file (cut off, not
 JSON, without a column) is an error always; what is wrong with a row (nothing in a cell, equal answers) is an error with
-file and line, or a counted drop where the card says `on_problem: drop`. Local files are read here, without `datasets`,
-so that `check` is quick and every row has a line number; Hub datasets go through `datasets`, imported late.
+file and line, or a counted drop where the card says `on_problem: drop`. Where several rows of a file make one of ours
+(votes on a pair, completions of a prompt), the others are counted as merged.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 import math
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit.data_cards import DataCard, HubSource, data_suffix, template_columns
+from rlhf_kit.columns import ROLES as PROMPT_ROLES
+from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
+from rlhf_kit.data_cards import DataCard, HubSource
+from rlhf_kit.data_files import file_rows, hub_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Preference",
     "Prompt",
     "PromptRow",
+    "Ranking",
     "Row",
     "Text",
     "load_examples",
@@ -40,8 +41,6 @@ Prompt = str | list[dict[str, str]]
 """Text, used as it is; or chat messages {"role", "content"} of system, user and assistant, the last not the
 assistant's."""
 
-MAX_LINE = 2**26
-"""Bytes of a line. A small .gz can unpack to a line that fills the memory."""
 SHOWN = 5
 """Broken rows that an error message shows."""
 
@@ -64,6 +63,21 @@ class Preference:
     where: str
     margin: float | None = None
     annotator: str | None = None
+    probability: float | None = None
+    """That `chosen` is the better one, from several votes; None is 1, and 0.5 a tie."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    prompt: Prompt
+    completions: list[str]
+    """2 to 9 of them, no two the same."""
+    ranks: list[float]
+    """1 is best; equal numbers tie."""
+    where: str
+    ratings: list[float] | None = None
+    """As given, higher is better, where the card maps ratings; the ranks follow from them."""
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ class Text:
     where: str
 
 
-Row = Demonstration | Preference | PromptRow | Text
+Row = Demonstration | Preference | Ranking | PromptRow | Text
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,8 @@ class Examples:
     """Rows, all of the class that belongs to the card's kind, in the order of the files."""
     heldout: list[Any]
     counts: dict[str, int]
-    """"read", "kept", and "dropped: <reason>" for each reason; what was kept and dropped adds up to what was read."""
+    """"read", "kept", "dropped: <reason>" for each reason, "merged: <into what>"; and "repeated: <why>" for rows that
+    are there more than once. Kept, less those repeated, and dropped and merged add up to what was read."""
     content_hash: str
     """SHA-256 over both lists, without `where`."""
 
@@ -109,33 +124,36 @@ def load_examples(card: DataCard) -> Examples:
         InputError: a file cannot be read to its end, a column is not there, no row is left; and rows that break a rule,
             unless the card drops them.
     """
-    counts: Counter[str] = Counter()
-    broken: list[str] = []
-    train = list(_canonical(card, card.sources, counts, broken))
+    book = Book()
+    train = list(canonical_rows(card, card.sources, book))
     heldout: list[Row] = []
     if not isinstance(card.heldout, float):
-        heldout = list(_canonical(card, card.heldout, counts, broken))
-    dropped = {f"dropped: {reason}": number for reason, number in counts.items() if reason != "read"}
-    if broken and card.on_problem == "error":
-        rules = {name: number for name, number in dropped.items() if not name.startswith("dropped: filters")}
-        raise InputError(
-            [
-                *broken[:SHOWN],
-                f"{card.path}: {_reasons(rules)} in {counts['read']:,} rows; mend them, or write on_problem: drop "
-                "to leave them out, counted",
-            ]
-        )
+        heldout = list(canonical_rows(card, card.heldout, book))
+    if book.broken and card.on_problem == "error":
+        raise InputError(book.problems(card))
+    others = book.others()
     if isinstance(card.heldout, float):
         train, heldout = _split(train, card.heldout)
     else:
-        reserved = {_key(row) for row in heldout}
-        kept = [row for row in train if _key(row) not in reserved]
-        if len(kept) < len(train):
-            dropped["dropped: prompt is also held out"] = len(train) - len(kept)
-        train = kept
+        reserved = {_key(row): row.where for row in heldout}
+        shared = [row for row in train if _key(row) in reserved]
+        if shared and card.shared_prompts == "error":
+            raise InputError(_shared(card, shared, reserved))
+        if shared:
+            others["dropped: prompt is also held out"] = len(shared)
+            train = [row for row in train if _key(row) not in reserved]
     if not train:
-        raise InputError(f"{card.path}: no row is left to train on: of {counts['read']:,} read {_reasons(dropped)}")
-    return _examples(card, train, heldout, {"read": counts["read"], **dropped})
+        raise InputError(f"{card.path}: no row is left to train on: of {book.read:,} read {_reasons(others)}")
+    return _examples(card, train, heldout, {"read": book.read, **others})
+
+
+def _shared(card: DataCard, shared: Sequence[Row], reserved: Mapping[str, str]) -> list[str]:
+    shown = [f"{row.where}: the prompt is also held out, in {reserved[_key(row)]}" for row in shared[:SHOWN]]
+    return [
+        *shown,
+        f"{card.path}: {len(shared):,} rows to train on have prompts that are also held out; take them out of one, or "
+        "write shared_prompts: drop to leave them out of training, counted",
+    ]
 
 
 def prompts_of(examples: Examples) -> Examples:
@@ -196,32 +214,101 @@ def _split(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
 # ---------------------------------------------------------------- rows, from theirs to ours
 
 
-def _canonical(
-    card: DataCard, source: Sequence[Path] | HubSource, counts: Counter[str], broken: list[str]
-) -> Iterator[Row]:
-    """Yield the rows that keep the rules; count every row, and for those that do not keep them why."""
+@dataclass
+class Book:
+    """What became of the rows that were read."""
+
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    merged: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    """"file:line: what is wrong" of the first rows that break a rule; all of them are in `dropped`."""
+    breaking: Counter[str] = field(default_factory=Counter)
+    """Those of `dropped` that break a rule."""
+
+    @property
+    def kept_so_far(self) -> int:
+        """How many rows of the files have not been dropped."""
+        return self.read - self.dropped.total()
+
+    def drop(self, reason: str, message: str, rows: int = 1) -> None:
+        """Count rows that break a rule, and keep the first messages."""
+        self.dropped[reason] += rows
+        self.breaking[reason] += rows
+        if len(self.broken) < SHOWN:
+            self.broken.append(printable(message))
+
+    def others(self) -> dict[str, int]:
+        """Return the counts of what was not kept as it was read."""
+        dropped = {f"dropped: {reason}": number for reason, number in self.dropped.items()}
+        return {**dropped, **{f"merged: {what}": number for what, number in self.merged.items() if number}}
+
+    def problems(self, card: DataCard) -> list[str]:
+        """Return what to say of the rows that break a rule."""
+        return [
+            *self.broken,
+            f"{card.path}: {_reasons(self.breaking)} in {self.read:,} rows; mend them, or write on_problem: drop "
+            "to leave them out, counted",
+        ]
+
+
+def canonical_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Row]:
+    """Yield the rows that keep the rules, as they come or put together; every row of the files goes into the book.
+
+    Raises:
+        InputError: a file cannot be read to its end, or a column is not there.
+    """
+    rows = read_rows(card, source, book)
+    if card.kind == "rankings" and "completion" in card.columns:
+        return _put_together((row for row in rows if isinstance(row, _Answer)), card, book)
+    if card.votes is not None:
+        return _counted_votes((row for row in rows if isinstance(row, Preference)), card.votes, book)
+    return (row for row in rows if not isinstance(row, _Answer))
+
+
+def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Row | _Answer]:
+    """Yield what each row of the files says, before votes on one pair or completions of one prompt are put together."""
     taken = 0
     for part in [source] if isinstance(source, HubSource) else source:
         is_first = True
-        for where, cells in _hub_rows(part) if isinstance(part, HubSource) else _file_rows(part):
+        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part):
             if is_first:
-                _check_columns(card, where, cells)
+                check_columns(card, where, cells)
                 is_first = False
-            counts["read"] += 1
-            unmet = [name for name, wanted in card.filters.where.items() if not _is(cells.get(name), wanted)]
-            if unmet:
-                counts[f"filters.where.{unmet[0]}"] += 1
+            book.read += 1
+            unmet = next((name for name, wanted in card.filters.where.items() if not _meets(name, wanted, cells)), None)
+            if unmet is not None:
+                book.dropped[f"filters.where.{unmet}"] += 1
                 continue
-            try:
-                yield _row(card, cells, where)
-            except _Broken as problem:
-                counts[problem.reason] += 1
-                broken.append(printable(f"{where}: {problem.detail}"))
+            yield from taken_rows(card, cells, where, book)
             taken += 1
             if taken == card.filters.max_rows:
                 return
         if is_first:
             raise InputError(f"{part}: is empty, there is no row in it")
+
+
+def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book) -> list[Row | _Answer]:
+    """Return what one row of a file says; nothing, and a reason in the book, if it breaks a rule."""
+    try:
+        return _rows(_Cells(card, cells, where))
+    except (_Broken, Missing) as problem:
+        book.drop(problem.reason, f"{where}: {problem.detail}")
+    except _LeftOut as left_out:
+        book.dropped[str(left_out)] += 1
+    return []
+
+
+class _LeftOut(Exception):
+    """The card leaves the row out by a value of its own."""
+
+
+def _meets(name: str, wanted: Any, cells: Mapping[str, Any]) -> bool:
+    try:
+        return _is(value_of(name, cells), wanted)
+    except Missing:
+        return _is(None, wanted)
 
 
 def _is(cell: Any, wanted: Any) -> bool:
@@ -234,50 +321,283 @@ def _is(cell: Any, wanted: Any) -> bool:
     )
 
 
-def _check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
+def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
     """Raise InputError if the first row of a file lacks a column; only dialogues can do without a prompt."""
     problems = []
-    for name, column in card.columns.items():
-        missing = [part for part in template_columns(column) or (column,) if part not in cells]
-        if not missing or (name in ("margin", "annotator") and name not in card.mapped):
+    for name, expression in card.columns.items():
+        missing = [path for path in columns_of(expression) if not is_there(path, cells)]
+        if not missing or (name in MAY_BE_MISSING and name not in card.mapped):
             continue
         if name == "prompt" and name not in card.mapped and _is_dialogue(cells, card):
             continue
-        what = f"column {missing[0]}, which the card takes for {name}" if name in card.mapped else f"column {name}"
-        near = did_you_mean(missing[0], cells)
-        seen = "" if near.startswith("; known") else f" (columns: {', '.join(map(str, cells))})"
-        mend = "" if name in card.mapped else f"; map it in {card.path}: columns: {{{name}: <their name>}}"
-        if str(cells.get("chosen", "")).lstrip().startswith("Human:"):
-            mend = f"; these are transcripts, write format: hh in {card.path}"
-        problems.append(f"{where}: there is no {what}{near.replace('; known', '; columns')}{seen}{mend}")
+        problems.append(f"{where}: there is no {_no_column(card, name, missing[0], cells)}")
+    judged = [name for name in ("ranks", "ratings", "comparisons") if name in card.columns]
+    if card.kind == "rankings" and judged and not any(_has(card, name, cells) for name in judged):
+        problems.append(
+            f"{where}: there is no column ranks or ratings; map one in {card.path}: columns: {{ranks: <their name>}} "
+            f"(columns: {', '.join(map(str, cells))})"
+        )
+    for name, template in card.templates.items():
+        missing = [path for path in template_columns(template) if not is_there(path, cells)]
+        if missing:
+            near = did_you_mean(missing[0], cells).replace("; known", "; columns")
+            problems.append(f"{where}: there is no column {missing[0]}, which template {name} takes{near}")
     for name in card.filters.where:
-        if name not in cells:
+        if not is_there(name, cells):
             near = did_you_mean(name, cells).replace("; known", "; columns")
             problems.append(f"{where}: there is no column {name}, which filters.where of {card.path} names{near}")
     if problems:
         raise InputError([printable(problem) for problem in problems])
 
 
+MAY_BE_MISSING = ("margin", "annotator", "ranks", "ratings")
+"""Of our names those that need not be there, where the card does not map them."""
+
+
+def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]) -> str:
+    what = f"column {missing}, which the card takes for {name}" if name in card.mapped else f"column {name}"
+    near = did_you_mean(missing, cells)
+    seen = "" if near.startswith("; known") else f" (columns: {', '.join(map(str, cells))})"
+    mend = "" if name in card.mapped else f"; map it in {card.path}: columns: {{{name}: <their name>}}"
+    if str(cells.get("chosen", "")).lstrip().startswith("Human:"):
+        mend = f"; these are transcripts, write format: hh in {card.path}"
+    elif name == "prompt" and name not in card.mapped and card.kind == "preferences":
+        mend += "; where the answers repeat the prompt, write format: common_prefix"
+    return f"{what}{near.replace('; known', '; columns')}{seen}{mend}"
+
+
+def _has(card: DataCard, name: str, cells: Mapping[str, Any]) -> bool:
+    return name in card.columns and all(is_there(path, cells) for path in columns_of(card.columns[name]))
+
+
 def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
-    return any(isinstance(cells.get(column), list) for name, column in card.columns.items() if name != "prompt")
+    answers = ("chosen", "rejected", "first", "second", "completion", "completions")
+    for name in answers:
+        if name in card.columns:
+            try:
+                value = value_of(card.columns[name], cells)
+            except Missing:
+                continue
+            value = value[0] if name == "completions" and isinstance(value, list) and value else value
+            if isinstance(value, list):
+                return True
+    return False
 
 
-def _row(card: DataCard, cells: Mapping[str, Any], where: str) -> Row:
-    """Return the canonical row, or raise _Broken."""
-    read = _Cells(card, cells)
+def _rows(read: _Cells) -> list[Row | _Answer]:
+    """Return what a row says, several rows where there are several votes on a pair; or raise _Broken."""
+    card, where = read.card, read.where
     if card.kind == "text":
-        return Text(read.text("text"), where)
+        return [Text(read.text("text"), where)]
     if card.kind == "prompts":
         prompt = _hh_turns(read.text("transcript"))[0] if card.format else read.prompt()
-        return PromptRow(_kept(prompt), where)
+        return [PromptRow(_kept(prompt), where)]
     if card.kind == "demonstrations":
         prompt, (completion,) = _hh(read, ["transcript"]) if card.format else read.prompt_and_answers(["completion"])
-        return Demonstration(_kept(prompt), completion, where)
-    pair = ["chosen", "rejected"]
-    prompt, (chosen, rejected) = _hh(read, pair) if card.format else read.prompt_and_answers(pair)
-    if chosen.strip() == rejected.strip():
-        raise _Broken("chosen equal to rejected", f'chosen is equal to rejected: "{_short(chosen)}"')
-    return Preference(_kept(prompt), chosen, rejected, where, read.margin(), read.annotator())
+        return [Demonstration(_kept(prompt), completion, where)]
+    if card.kind == "preferences":
+        return list(_preferences(read))
+    if "completion" in card.columns:
+        prompt, (completion,) = read.prompt_and_answers(["completion"])
+        name = "rating" if "rating" in card.columns else "rank"
+        return [_Answer(_kept(prompt), completion, read.number(name, read.cell(name)), where, read.annotator())]
+    return [_ranking(read)]
+
+
+# ---------------------------------------------------------------- pairs and the votes on them
+
+
+def _preferences(read: _Cells) -> Iterator[Preference]:
+    card = read.card
+    pair = ["chosen", "rejected"] if "chosen" in card.columns else ["first", "second"]
+    how = {"hh": _hh, "common_prefix": _common_prefix}.get(str(card.format), _Cells.prompt_and_answers)
+    prompt, (first, second) = how(read, pair)
+    if first.strip() == second.strip():
+        raise _Broken(f"{pair[0]} equal to {pair[1]}", f'{pair[0]} is equal to {pair[1]}: "{short(first)}"')
+    prompt = _kept(prompt)
+    ratings = read.numbers("ratings", 2) if "ratings" in card.columns else None
+    margin = read.margin()
+    if ratings is not None and card.margin_per_point is not None:
+        margin = card.margin_per_point * abs(ratings[0] - ratings[1])
+    for probability, annotator in _judgements(read, pair, ratings):
+        sides = (first, second) if probability >= 0.5 else (second, first)
+        share = max(probability, 1 - probability)
+        yield Preference(prompt, *sides, read.where, margin, annotator, None if share == 1 else share)
+
+
+def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) -> Iterator[tuple[float, str | None]]:
+    """Yield, for each vote on the pair, the probability that the first one is better and who says so."""
+    card = read.card
+    if "preferred" in card.columns:
+        votes = read.cell("preferred")
+        if not isinstance(votes, list):
+            yield read.vote(votes), read.annotator()
+            return
+        if not votes:
+            raise _Broken("no vote", f"{read.called('preferred')} is an empty list")
+        if len(votes) > 1 and card.votes is None:
+            raise _Broken(
+                "several votes on a pair",
+                f"{read.called('preferred')} holds {len(votes)} votes; write votes: majority or votes: probability",
+            )
+        who = read.cell("annotator") if read.has("annotator") else None
+        named = who if isinstance(who, list) and len(who) == len(votes) else [who] * len(votes)
+        for vote, name in zip(votes, named, strict=True):
+            yield read.vote(vote), None if name in (None, "") or isinstance(name, list) else str(name)
+        return
+    if "probability" in card.columns:
+        probability = read.number("probability", read.cell("probability"))
+        if not 0 <= probability <= 1:
+            raise _Broken("no probability", f"{read.called('probability')} lies between 0 and 1; seen {probability:g}")
+    elif ratings is not None and pair[0] == "first":
+        probability = 0.5 if ratings[0] == ratings[1] else float(ratings[0] > ratings[1])
+    else:
+        probability = 1.0
+        if ratings is not None and ratings[0] < ratings[1]:
+            raise _Broken("chosen is rated lower", f"chosen is rated {ratings[0]:g} and rejected {ratings[1]:g}")
+    yield probability, read.annotator()
+
+
+def _counted_votes(rows: Iterable[Preference], votes: str, book: Book) -> Iterator[Preference]:
+    """Yield one row for all votes on a pair of completions, where the first of them stood.
+
+    A vote counts by its probability, a tie a half for either side. No annotator is named where there were several.
+    """
+    pairs: dict[str, list[Preference]] = {}
+    before = book.kept_so_far
+    for row in rows:
+        pairs.setdefault(_encode([row.prompt, *sorted((row.chosen, row.rejected))]), []).append(row)
+    book.merged["votes on one pair"] += book.kept_so_far - before - len(pairs)
+    for cast in pairs.values():
+        first = cast[0]
+        share = sum(
+            probability_of(row) if row.chosen == first.chosen else 1 - probability_of(row) for row in cast
+        ) / len(cast)
+        if votes == "majority":
+            share = 0.5 if share == 0.5 else float(share > 0.5)
+        chosen, rejected = (first.chosen, first.rejected) if share >= 0.5 else (first.rejected, first.chosen)
+        share = max(share, 1 - share)
+        annotators = {row.annotator for row in cast}
+        yield Preference(
+            first.prompt,
+            chosen,
+            rejected,
+            first.where,
+            first.margin,
+            annotators.pop() if len(annotators) == 1 else None,
+            None if share == 1 else share,
+        )
+
+
+def probability_of(row: Preference) -> float:
+    """Return the probability that `chosen` is the better one."""
+    return 1.0 if row.probability is None else row.probability
+
+
+# ---------------------------------------------------------------- rankings
+
+COMPLETIONS = (2, 9)
+"""Of one ranking, at least and at most."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A row that holds one completion of a ranking."""
+
+    prompt: Prompt
+    completion: str
+    number: float
+    """Its rank or its rating."""
+    where: str
+    annotator: str | None
+
+
+def _ranking(read: _Cells) -> Ranking:
+    card = read.card
+    cell = read.cell("completions")
+    if not isinstance(cell, list):
+        raise _Broken("completions are no list", f"{read.called('completions')} must be a list; seen {short(cell)}")
+    if not COMPLETIONS[0] <= len(cell) <= COMPLETIONS[1]:
+        raise _Broken("not 2 to 9 completions", f"{len(cell)} completions; a ranking has 2 to 9")
+    if card.format == "hh":
+        prompt: Prompt = _hh_prompt(read.text("prompt"))
+        completions = [_text(one, "completion", read.called("completions")) for one in cell]
+    else:
+        prompt, completions = read.answered([("completion", read.called("completions"), one) for one in cell])
+    ratings = None
+    if read.has("ratings"):
+        ratings = read.numbers("ratings", len(completions))
+        ranks = _ranks(ratings, best_is_high=True)
+    elif "comparisons" in card.columns:
+        ranks = _ranks(_wins(read, len(completions)), best_is_high=True)
+    else:
+        ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
+    return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator())
+
+
+def _ranked(
+    prompt: Prompt,
+    completions: list[str],
+    ranks: list[float],
+    ratings: list[float] | None,
+    where: str,
+    annotator: str | None,
+) -> Ranking:
+    if len({completion.strip() for completion in completions}) < len(completions):
+        twice = Counter(completion.strip() for completion in completions).most_common(1)[0][0]
+        raise _Broken("equal completions", f'a completion stands twice in the ranking: "{short(twice)}"')
+    return Ranking(_kept(prompt), completions, ranks, where, ratings, annotator)
+
+
+def _ranks(numbers: Sequence[float], best_is_high: bool) -> list[float]:
+    """Return 1 for the best and for each other one 1 more than there are better ones; equal numbers tie."""
+    sign = 1 if best_is_high else -1
+    return [1.0 + sum(sign * other > sign * number for other in numbers) for number in numbers]
+
+
+def _wins(read: _Cells, count: int) -> list[float]:
+    """Return how often each completion wins, from the judgements of all pairs 1-2, 1-3, ..., 2-3, ...; ties are half.
+
+    Judgements that go in a circle make completions tie.
+    """
+    votes = read.cell("comparisons")
+    pairs = [(first, second) for first in range(count) for second in range(first + 1, count)]
+    if not isinstance(votes, list) or len(votes) != len(pairs):
+        raise _Broken(
+            "not one comparison for each pair",
+            f"{read.called('comparisons')} must be {len(pairs)} judgements, 1-2, 1-3, ..., of {count} completions",
+        )
+    wins = [0.0] * count
+    for (first, second), vote in zip(pairs, votes, strict=True):
+        share = read.vote(vote)
+        wins[first] += share
+        wins[second] += 1 - share
+    return wins
+
+
+def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterator[Ranking]:
+    """Yield one ranking for all completions of a prompt (and annotator), where the first of them stood."""
+    groups: dict[tuple[str, str | None], list[_Answer]] = {}
+    for row in rows:
+        groups.setdefault((_encode(row.prompt), row.annotator), []).append(row)
+    for group in groups.values():
+        first, count = group[0], len(group)
+        try:
+            if not COMPLETIONS[0] <= count <= COMPLETIONS[1]:
+                raise _Broken("not 2 to 9 completions", f"{count} completions of this prompt; a ranking has 2 to 9")
+            numbers = [row.number for row in group]
+            rated = "rating" in card.columns
+            yield _ranked(
+                first.prompt,
+                [row.completion for row in group],
+                _ranks(numbers, best_is_high=rated),
+                numbers if rated else None,
+                first.where,
+                first.annotator,
+            )
+            book.merged["completions of one prompt"] += count - 1
+        except _Broken as problem:
+            book.drop(problem.reason, f"{first.where}: {problem.detail}", count)
 
 
 def _kept(prompt: Prompt) -> Prompt:
@@ -297,65 +617,108 @@ def _kept(prompt: Prompt) -> Prompt:
 class _Cells:
     """One row of a dataset, by our names for its columns."""
 
-    def __init__(self, card: DataCard, cells: Mapping[str, Any]):
-        self.card, self.cells = card, cells
+    def __init__(self, card: DataCard, cells: Mapping[str, Any], where: str):
+        self.card, self.cells, self.where = card, cells, where
 
     def has(self, name: str) -> bool:
-        return self.card.columns.get(name) in self.cells or bool(template_columns(self.card.columns.get(name, "")))
+        return _has(self.card, name, self.cells)
 
     def called(self, name: str) -> str:
-        theirs = self.card.columns[name]
-        return name if theirs == name else f"{name} (column {theirs})"
+        theirs = self.card.columns.get(name, name)
+        return name if theirs == name else f"{name} ({'column ' * isinstance(theirs, str)}{_written(theirs)})"
 
     def cell(self, name: str) -> Any:
-        """Return a cell, or the template over several, without white space at its ends."""
+        """Return what stands where the card says."""
         theirs = self.card.columns[name]
-        parts = template_columns(theirs)
-        for part in parts or (theirs,):
-            if part not in self.cells:
-                raise _Broken("missing column", f"{self.called(name)} is missing in this row")
-            if parts and not isinstance(self.cells[part], str):
-                raise _Broken("non-text cell", f"column {part} must be text; seen {_short(self.cells[part])}")
-        if not parts:
-            return self.cells[theirs]
-        return re.sub(r"\{([^{}]+)\}", lambda match: self.cells[match[1]], theirs).strip()
+        if theirs == name and name not in self.cells:
+            raise _Broken("missing column", f"{name} is missing in this row")
+        return value_of(theirs, self.cells)
 
     def text(self, name: str) -> str:
         return _text(self.cell(name), name, self.called(name))
 
     def prompt(self) -> Prompt:
+        if self.card.templates:
+            return _text(_drawn(self.card.templates, self.cells), "prompt", "prompt")
         prompt = self.cell("prompt")
-        return _messages(prompt, self.called("prompt")) if isinstance(prompt, list) else self.text("prompt")
+        if isinstance(prompt, list):
+            return _messages(prompt, self.called("prompt"))
+        return _chat(prompt, self.called("prompt")) if isinstance(prompt, dict) else self.text("prompt")
 
     def prompt_and_answers(self, names: Sequence[str]) -> tuple[Prompt, list[str]]:
         """Return the prompt and the texts of the answers, which may be given as messages or as whole dialogues."""
-        cells = [self.cell(name) for name in names]
-        if not all(isinstance(cell, list) for cell in cells):
-            answers = [self.text(name) for name in names]  # raises if one is a list of messages
-            return self.prompt(), answers
-        dialogues = [_messages(cell, self.called(name)) for name, cell in zip(names, cells, strict=True)]
-        for name, dialogue in zip(names, dialogues, strict=True):
+        return self.answered([(name, self.called(name), self.cell(name)) for name in names])
+
+    def answered(self, answers: Sequence[tuple[str, str, Any]]) -> tuple[Prompt, list[str]]:
+        """Return the prompt and the texts of the answers: our name, what to call it, and what stands there."""
+        if not all(isinstance(cell, list | dict) for _, _, cell in answers):
+            texts = [_text(cell, name, called) for name, called, cell in answers]  # raises if one is messages
+            return self.prompt(), texts
+        dialogues = [_messages([cell] if isinstance(cell, dict) else cell, called) for _, called, cell in answers]
+        for (_, called, _), dialogue in zip(answers, dialogues, strict=True):
             if not dialogue or dialogue[-1]["role"] != "assistant":
-                raise _Broken(
-                    "dialogue without a last answer", f"{self.called(name)} must end with the assistant's message"
-                )
+                raise _Broken("dialogue without a last answer", f"{called} must end with the assistant's message")
         before = dialogues[0][:-1]
         if any(dialogue[:-1] != before for dialogue in dialogues):
             raise _Broken(
-                "dialogues differ before the last answer", f"{' and '.join(names)} differ before the last answer"
+                "dialogues differ before the last answer",
+                f"{' and '.join(dict.fromkeys(name for name, _, _ in answers))} differ before the last answer",
             )
-        written = self.prompt() if self.has("prompt") else before
+        written = self.prompt() if self.card.templates or self.has("prompt") else before
         if isinstance(written, str):
             if before and written not in [message["content"] for message in before]:
                 raise _Broken("prompt differs from the dialogue", f"{self.called('prompt')} is not in the dialogue")
             written = before or [{"role": "user", "content": written}]
         elif before and written != before:
             raise _Broken("prompt differs from the dialogue", f"{self.called('prompt')} is not how the dialogue begins")
-        answers = [
-            _text(dialogue[-1]["content"], name, self.called(name))
-            for name, dialogue in zip(names, dialogues, strict=True)
+        texts = [
+            _text(dialogue[-1]["content"], name, called)
+            for (name, called, _), dialogue in zip(answers, dialogues, strict=True)
         ]
-        return written, answers
+        return written, texts
+
+    def vote(self, value: Any) -> float:
+        """Return 1 for a vote for the first completion, 0 for the second, 0.5 for a tie."""
+        preferred = self.card.preferred
+        assert preferred is not None  # load_card has seen to it
+        meanings: list[tuple[float | None, list[Any]]] = [
+            (None, preferred.drop), (1.0, preferred.first), (0.0, preferred.second), (0.5, preferred.tie),
+        ]  # fmt: skip
+        for matches in (_is, _is_within):
+            for meaning, values in meanings:
+                if matches(value, values):
+                    if meaning is None:
+                        raise _LeftOut(f"judged {short(value)}")
+                    return meaning
+        known = ", ".join(short(value) for _, values in meanings for value in values)
+        raise _Broken("unknown preference", f"the card gives no meaning to {short(value)}; known: {known}")
+
+    def number(self, name: str, cell: Any) -> float:
+        """Return a number, which may be written as text; of ratings one on the card's scale, true being 1."""
+        try:
+            number = float(cell) if isinstance(cell, str | int | float) else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or (isinstance(cell, bool) and name not in ("rating", "ratings")):
+            raise _Broken(f"{name} is no number", f"{self.called(name)} must be a number; seen {short(cell)}")
+        if self.card.scale is not None and name in ("rating", "ratings"):
+            lowest, highest = self.card.scale
+            if not lowest <= number <= highest:
+                raise _Broken(
+                    "rating outside the scale",
+                    f"{self.called(name)} is on a scale from {lowest:g} to {highest:g}; seen {number:g}",
+                )
+        return number
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        """Return a list of as many numbers as there are completions."""
+        cell = self.cell(name)
+        if not isinstance(cell, list) or len(cell) != count:
+            raise _Broken(
+                f"not one of {name} for each completion",
+                f"{self.called(name)} must be a list of {count} numbers; seen {short(cell)}",
+            )
+        return [self.number(name, number) for number in cell]
 
     def margin(self) -> float | None:
         if not self.has("margin"):
@@ -369,17 +732,50 @@ class _Cells:
         except (TypeError, ValueError):
             margin = float("nan")
         if margin is not None and not abs(margin) < float("inf"):
-            raise _Broken("margin is no number", f"{self.called('margin')} must be a number; seen {_short(cell)}")
+            raise _Broken("margin is no number", f"{self.called('margin')} must be a number; seen {short(cell)}")
         return margin
 
     def annotator(self) -> str | None:
         cell = self.cell("annotator") if self.has("annotator") else None
+        if isinstance(cell, list | dict):
+            raise _Broken("several annotators", f"{self.called('annotator')} must name one; seen {short(cell)}")
         return None if cell in (None, "") else str(cell)
+
+
+def _written(expression: Any) -> str:
+    return expression if isinstance(expression, str) else ", ".join(columns_of(expression))
+
+
+def _is_within(value: Any, ranges: Sequence[Any]) -> bool:
+    """Return whether a number lies in one of the ranges written "0.5..3"."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return False
+    for written in ranges:
+        ends = re.fullmatch(r"(-?[\d.]+)\.\.(-?[\d.]+)", written) if isinstance(written, str) else None
+        if ends and float(ends[1]) <= number <= float(ends[2]):
+            return True
+    return False
+
+
+def _drawn(templates: Mapping[str, str], cells: Mapping[str, Any]) -> str:
+    """Return the prompt of the template that the row draws.
+
+    Rows that agree in what the templates take draw the same one, wherever they stand; a new template takes rows from
+    the others and moves none between them.
+    """
+    names = sorted({path for template in templates.values() for path in template_columns(template)})
+    taken = _encode([value_of(path, cells) for path in names])
+    drawn = max(
+        templates, key=lambda name: hashlib.sha256(f"{name}\0{taken}".encode("utf-8", "surrogatepass")).digest()
+    )
+    return str(value_of(templates[drawn], cells))
 
 
 def _text(cell: Any, name: str, called: str) -> str:
     if not isinstance(cell, str):
-        raise _Broken("non-text cell", f"{called} must be text; seen {_short(cell)}")
+        raise _Broken("non-text cell", f"{called} must be text; seen {short(cell)}")
     if not cell.strip():
         raise _Broken(f"empty {name}", f"{called} is empty")
     if re.search("[\ud800-\udfff]", cell):
@@ -389,6 +785,7 @@ def _text(cell: Any, name: str, called: str) -> str:
 
 ROLES: Mapping[Any, str] = {
     "system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
+    "prompter": "user",
 }  # fmt: skip
 """Roles as they are written, {"role", "content"} or {"from", "value"}, and ours."""
 
@@ -397,32 +794,55 @@ def _messages(cell: list[Any], called: str) -> list[dict[str, str]]:
     messages = []
     for message in cell:
         if not isinstance(message, dict):
-            raise _Broken("not a list of messages", f"{called} must be text or messages; seen {_short(cell)}")
+            raise _Broken("not a list of messages", f"{called} must be text or messages; seen {short(cell)}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in ROLES:
             raise _Broken(
                 "unknown role",
-                f"{called}: the role of a message must be system, user or assistant; seen {_short(role)}",
+                f"{called}: the role of a message must be system, user or assistant; seen {short(role)}",
             )
+        if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
-            raise _Broken("non-text cell", f"{called}: the content of a message must be text; seen {_short(content)}")
+            raise _Broken("non-text cell", f"{called}: the content of a message must be text; seen {short(content)}")
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
 
-def _short(value: Any) -> str:
-    """Return a value for a message, so that two different ones look different and a long one stays short."""
-    if value is None:
-        return "nothing (null)"
-    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= 80 else text[:77] + "..."
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _chat(parts: Mapping[str, Any], called: str) -> list[dict[str, str]]:
+    """Return the messages of {system, history, user}; an empty system message or history is none."""
+    messages: list[dict[str, str]] = []
+    for role in PROMPT_ROLES:
+        part = parts.get(role)
+        if part in (None, "", []) and role != "user":
+            continue
+        if role != "history":
+            messages += [{"role": role, "content": _text(part, "prompt", f"{called}, {role}")}] if role in parts else []
+        elif isinstance(part, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in part):
+            for asked, answered in part:
+                messages += [{"role": "user", "content": _text(asked, "prompt", f"{called}, history")}]
+                messages += [{"role": "assistant", "content": _text(answered, "prompt", f"{called}, history")}]
+        elif isinstance(part, list):
+            messages += _messages(part, f"{called}, history")
+        else:
+            raise _Broken("not a list of messages", f"{called}: history is a list of turns; seen {short(part)}")
+    return messages
 
 
 # ---------------------------------------------------------------- transcripts of Anthropic's HH
 
 
 def _hh(read: _Cells, names: Sequence[str]) -> tuple[Prompt, list[str]]:
-    """Return what both transcripts say before the last answer, and the last answers."""
+    """Return what both transcripts say before the last answer, and the last answers.
+
+    Where the card maps the prompt, that is a transcript and the answers are not.
+    """
+    if "prompt" in read.card.columns:
+        return _hh_prompt(read.text("prompt")), [read.text(name) for name in names]
     turns = [_hh_turns(read.text(name)) for name in names]
     prompt = turns[0][0]
     if any(other != prompt for other, _ in turns):
@@ -434,6 +854,32 @@ def _hh(read: _Cells, names: Sequence[str]) -> tuple[Prompt, list[str]]:
         for name, (_, answer) in zip(names, turns, strict=True)
     ]
     return prompt, answers
+
+
+def _hh_prompt(transcript: str) -> list[dict[str, str]]:
+    """Return the turns of a transcript that ends where the answer begins."""
+    messages, answer = _hh_turns(transcript)
+    if answer:
+        raise _Broken("transcript goes on after Assistant:", "the prompt must end with Assistant: and no answer")
+    return messages
+
+
+def _common_prefix(read: _Cells, names: Sequence[str]) -> tuple[Prompt, list[str]]:
+    """Return the longest text that both begin with, cut back to before its last white space; and the rest of each.
+
+    What both answers happen to begin with goes to the prompt as well.
+    """
+    first, second = [read.text(name) for name in names]
+    length = next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+    prompt = re.sub(r"\s+\S*\Z", "", first[:length]) if re.search(r"\s", first[:length]) else ""
+    if not prompt.strip():
+        raise _Broken("no common prefix", f"{' and '.join(names)} begin with no common words")
+    texts = [
+        _text(text[len(prompt) :], name, read.called(name)) for name, text in zip(names, (first, second), strict=True)
+    ]
+    return prompt, texts
 
 
 def _hh_turns(transcript: str) -> tuple[list[dict[str, str]], str]:
@@ -458,149 +904,3 @@ def _hh_turns(transcript: str) -> tuple[list[dict[str, str]], str]:
         else:
             messages.append({"role": role, "content": text})
     return messages, said[-1]
-
-
-# ---------------------------------------------------------------- files
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield "file:line" and the cells of each row of a file.
-
-    Raises:
-        InputError: it is cut off or not what its ending says; with the line.
-    """
-    suffix = data_suffix(path)
-    assert suffix is not None  # load_card has seen to it
-    match suffix.removesuffix(".gz"):
-        case ".jsonl" | ".ndjson":
-            return _jsonl_rows(path)
-        case ".json":
-            return _json_rows(path)
-        case ".csv":
-            return _csv_rows(path, ",")
-        case ".tsv":
-            return _csv_rows(path, "\t")
-    return _parquet_rows(path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-                if len(line) > MAX_LINE:
-                    raise InputError(f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes")
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8 text") from None
-    except EOFError:
-        raise InputError(f"{path}:{number + 1}: the compressed file is cut off here; get it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}:{number + 1}: not a sound gzip file: {error}; get it again") from None
-    except OSError as error:
-        raise InputError(f"{path}:{number + 1}: cannot be read: {error.strerror or error}") from None
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == 1 and line.strip() == "[":
-                raise InputError(f"{path}:1: is a JSON list and not JSON lines; let its name end in .json") from None
-            cut = "" if line.endswith("\n") else "; is the file cut off here?"
-            raise InputError(f"{path}:{number}: not a line of JSON: {_json_error(error)}{cut}") from None
-        yield (where := f"{path}:{number}"), _object(row, where)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a JSON list; or of a file with one object after another, as some .json files are."""
-    text = "".join(_lines(path))
-    space, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
-    start = len(text) - len(text.lstrip())
-    is_list = text[start : start + 1] == "["
-    position = space.match(text, start + is_list).end()  # type: ignore[union-attr]
-    line, counted = 1, 0
-    while position < len(text) and not (is_list and text[position] == "]"):
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            row, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            raise InputError(f"{path}:{at}: not JSON: {_json_error(error)}") from None
-        yield (where := f"{path}:{line}"), _object(row, where)
-        position = space.match(text, position).end()  # type: ignore[union-attr]
-    if is_list and (position >= len(text) or text[position + 1 :].strip()):
-        line = text.count("\n", 0, position) + 1
-        raise InputError(f"{path}:{line}: the list has no end; is the file cut off here?" if position >= len(text)
-                         else f"{path}:{line}: there is more behind the end of the list")  # fmt: skip
-
-
-def _json_error(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise InputError(f'{where}: a row is an object such as {{"prompt": "..."}}; seen {_short(row)}')
-    return row
-
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                twice = [name for name, number in Counter(header).items() if number > 1]
-                if twice:
-                    raise InputError(printable(f"{where}: the header names column {twice[0]} twice"))
-            elif len(cells) != len(header):
-                raise InputError(
-                    f"{where}: {len(cells)} cells under a header of {len(header)}; quote cells with {delimiter!r}"
-                )
-            else:
-                yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise InputError(f"{path}:{line}: not CSV: {error}; is a quote not closed, or the file cut off?") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
-                    yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        said = str(error).splitlines()[0]
-        raise InputError(f"{path}:{number + 1}: not a sound Parquet file: {said}; get it again") from None
-
-
-def _hub_rows(source: HubSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(
-            source.repo,
-            source.config,
-            data_dir=source.data_dir,
-            data_files=list(source.data_files) if isinstance(source.data_files, tuple) else source.data_files,
-            split=source.split,
-            revision=source.revision,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: cannot be had from the Hub: {str(error).splitlines()[0]}") from error
-    for number, row in enumerate(data, start=1):
-        yield f"{source}:{number}", row

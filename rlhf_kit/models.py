@@ -190,7 +190,9 @@ def _classify(
     inputs_embeds: Tensor | None = None,
     **_: Any,
 ) -> SequenceClassifierOutput:
-    """The forward pass of `classifier`: logits [B, 1], the head at the last position that the mask marks as real."""
+    """The forward pass of `classifier`: logits [B, 1], the head at the last position that the mask marks as real, and
+    the last hidden states [B, T, H].
+    """
     trunk = getattr(self, self.base_model_prefix)
     hidden = trunk(
         input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False
@@ -199,12 +201,19 @@ def _classify(
         last = torch.full(hidden.shape[:1], hidden.shape[1] - 1, device=hidden.device)
     else:
         last = (torch.arange(hidden.shape[1], device=hidden.device) * attention_mask).argmax(-1)
-    return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(hidden)), last].float()))
+    logits = self.score(hidden[torch.arange(len(hidden)), last].float())
+    return SequenceClassifierOutput(logits=logits, hidden_states=(hidden,))
 
 
 def sequence_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the raw scores [B] that a reward model (with or without PEFT or DDP around it) gives whole sequences."""
-    return model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1).float()
+    return scores_and_states(model, input_ids, attention_mask)[0]
+
+
+def scores_and_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores [B] of `sequence_scores` and the trunk's last hidden states [B, T, H]."""
+    output = model(input_ids=input_ids, attention_mask=attention_mask)
+    return output.logits.squeeze(-1).float(), output.hidden_states[0]
 
 
 # ---------------------------------------------------------------- adapters
@@ -331,8 +340,7 @@ class SharedBase:
         self._trainable: dict[str, dict[str, nn.Parameter]] = {}
         self._active = BASE
         self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
-        self._adjust_logits = _logit_adjustment(causal)
-        self._check_logits()
+        self._output_head = output_head(causal)
 
     @property
     def device(self) -> torch.device:
@@ -430,19 +438,7 @@ class SharedBase:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of hidden states [..., H]: the base's own output head, which no role changes."""
-        return self._adjust_logits(self.causal.get_output_embeddings()(hidden))
-
-    def _check_logits(self) -> None:
-        """Refuse a base whose logits are more than its output head applied to the trunk's hidden states."""
-        ids = torch.arange(8, device=self.device).unsqueeze(0) % self.causal.config.get_text_config().vocab_size
-        with torch.no_grad():
-            whole = self.causal(input_ids=ids, use_cache=False).logits
-            ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
-            raise InputError(
-                f"base.model: {type(self.causal).__name__} changes its logits after the output head in a way this "
-                "version does not know, so PPO would train on other probabilities than it samples; use another base."
-            )
+        return self._output_head(hidden)
 
 
 def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
@@ -459,6 +455,30 @@ def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
     low = nn.functional.linear(rows.to(down.dtype), down)
     total = result.to(down.dtype).addmm_(low, up.t(), alpha=self.scaling[role])
     return total.to(result.dtype).unflatten(0, x.shape[:-1])
+
+
+def output_head(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return what makes logits [..., V] of a causal model's last hidden states [..., H].
+
+    Raises:
+        InputError: they are more than its output head and a known adjustment.
+    """
+    adjust = _logit_adjustment(causal)
+
+    def head(hidden: Tensor) -> Tensor:
+        return adjust(causal.get_output_embeddings()(hidden))
+
+    ids = torch.arange(8, device=causal.device).unsqueeze(0) % causal.config.get_text_config().vocab_size
+    with torch.no_grad():
+        whole = causal(input_ids=ids, use_cache=False).logits
+        trunk = getattr(causal, causal.base_model_prefix)
+        ours = head(trunk(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"base.model: {type(causal).__name__} changes its logits after the output head in a way this version does "
+            "not know, so it would train on other probabilities than the model's; use another base."
+        )
+    return head
 
 
 def _logit_adjustment(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:

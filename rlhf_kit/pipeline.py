@@ -33,8 +33,8 @@ from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
     load_text_format,
+    tokenise_comparisons,
     tokenise_demonstrations,
-    tokenise_pairs,
     tokenise_prompts,
 )
 from rlhf_kit.errors import InputError, Interrupted, did_you_mean
@@ -232,7 +232,7 @@ def check_lengths(recipe: Recipe, examples: Mapping[str, Examples], text_format:
             room = None if context is None else context - settings.max_new_tokens
             todo.append((place, tokenise_prompts, prompts_of(examples[settings.prompts]).train, room))
         else:
-            tokenise = tokenise_pairs if isinstance(settings, RewardStage) else tokenise_demonstrations
+            tokenise = tokenise_comparisons if isinstance(settings, RewardStage) else tokenise_demonstrations
             rows = [*examples[settings.data].train, *examples[settings.data].heldout]
             todo.append((place, tokenise, rows, settings.max_length or context))
     last = [stage for stage in recipe.stages.values() if isinstance(stage, PPOStage)][-1:]

@@ -46,6 +46,8 @@ __all__ = [
     "RewardStage",
     "SFTStage",
     "Stage",
+    "Ties",
+    "Truncate",
     "load_recipe",
     "recipe_schema",
     "resolved_yaml",
@@ -63,6 +65,7 @@ STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["cosine", "linear", "constant"]
 Truncate = Literal["error", "drop", "left_prompt"]
+Ties = Literal["drop", "soft"]
 Function = Annotated[str, matching(FUNCTION, "a function, written package.module:function")]
 
 
@@ -105,9 +108,9 @@ class _Training(Settings):
     max_steps: Count | None = None
     """Optimizer steps; set, it takes the place of epochs."""
     batch_size: Count = 16
-    """Sequences (reward: pairs) per optimizer step, over all processes."""
+    """Sequences (reward: prompts, each with all its completions) per optimizer step, over all processes."""
     microbatch: Count = 8
-    """Sequences (reward: pairs) per forward pass of one process."""
+    """Sequences (reward: prompts, of the longest) per forward and backward pass of one process."""
     learning_rate: LearningRate = 2e-4
     schedule: Schedule = "cosine"
     warmup_fraction: Fraction = 0.03
@@ -131,18 +134,39 @@ class SFTStage(_Training):
 
 
 class RewardStage(_Training):
-    """A reward model from pairwise preferences."""
+    """A reward model from preferences or rankings; a preference is a ranking of two.
+
+    Each completion of a prompt is encoded once, and the loss is averaged over the prompt's pairs, then over the prompts
+    of a step, so every prompt counts the same.
+    """
 
     kind: Literal["reward"]
     init: Text | None = None
     """An earlier sft stage whose adapter the reward adapter starts as a copy of."""
     data: Text
-    """A data card of kind preferences."""
+    """A data card of kind preferences or rankings."""
     normalize_on: Text | None = None
     """A card of demonstrations whose mean score becomes 0 and standard deviation 1; null takes the card of the `init`
     stage, or without one the chosen completions."""
+    microbatch_tokens: Count | None = None
+    """Tokens of the prompts whose gradient one process makes at a time, all their completions together; changes memory
+    and speed, not the steps. null is `microbatch` times those of the longest prompt."""
+    ties: Ties = "drop"
+    """drop: pairs that were judged equal teach nothing; soft: they are learnt as even odds. Held-out accuracy is over
+    the other pairs in either case."""
+    rating_margin: NonNegative = 0.0
+    """Score by which a pair is to differ per point of difference in its ratings (kind rankings with ratings)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a label is the wrong way round."""
     center_coef: NonNegative = 0.0
     """Weight of (score of chosen + score of rejected)^2 in the loss."""
+    lm_coef: NonNegative = 0.0
+    """Weight of the language modelling loss on each prompt's best completion, in nats per token."""
+    ensemble: Count = 1
+    """Reward adapters, trained one after the other with heads, data orders and seeds of their own."""
+    ensemble_score: Literal["mean", "worst", "lower"] = "mean"
+    """Of the members' normalised scores: the mean, the least, or the mean less `ensemble_k` standard deviations."""
+    ensemble_k: NonNegative = 1.0
 
 
 class PPOStage(Settings):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_kit import artifacts
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.examples import Prompt
+from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.models import SharedBase, new_head
 
 
@@ -46,31 +48,62 @@ class Scorer(Protocol):
 
 
 class AdapterScorer:
-    """The reward model as a role on the shared base: it reads the policy's own tokens, end token included."""
+    """The reward model as a role on the shared base: it reads the policy's own tokens, end token included.
 
-    def __init__(self, shared: SharedBase, role: str) -> None:
+    Of an ensemble every member is a role, whose head gives its normalised score; the score is what `combine` makes of
+    the members' scores [n, B].
+    """
+
+    def __init__(
+        self, shared: SharedBase, roles: Sequence[str], combine: Callable[[Tensor], Tensor] = lambda scores: scores[0]
+    ) -> None:
         self.shared = shared
-        self.role = role
+        self.roles = roles
+        self.combine = combine
+        self.last_std = torch.zeros(0)
+        """Of the completions scored last [B], the standard deviation over the members; empty without an ensemble."""
 
     @torch.no_grad()
     def __call__(self, written: Written) -> Tensor:
-        hidden = self.shared.hidden(self.role, written.ids, written.mask)
-        last = hidden.shape[1] - 1 - written.mask.flip(1).long().argmax(1)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return self.shared.heads[self.role](hidden[rows, last].float()).squeeze(-1)
+        last = written.mask.shape[1] - 1 - written.mask.flip(1).long().argmax(1)
+        members = []
+        for role in self.roles:
+            hidden = self.shared.hidden(role, written.ids, written.mask)
+            states = hidden[torch.arange(len(hidden), device=hidden.device), last]
+            members.append(self.shared.heads[role](states.float()).squeeze(-1))
+        scores = torch.stack(members)
+        if len(self.roles) > 1:
+            self.last_std = ensemble_std(scores)
+        return self.combine(scores)
 
 
 def add_reward_role(shared: SharedBase, role: str, folder: Path) -> AdapterScorer:
-    """Return the scorer of a reward stage's adapter folder, added to the shared base as a frozen role."""
+    """Return the scorer of a reward stage's adapter folder, added to the shared base as a frozen role.
+
+    Where the manifest beside the folder tells of an ensemble, `role` is its first member and the others join it.
+    """
+    manifest = artifacts.read_manifest(folder.parent) or {}
+    ensemble = manifest.get("ensemble")
+    if ensemble is None:
+        _add_member(shared, role, folder, 0.0, 1.0)
+        return AdapterScorer(shared, [role])
+    roles = [role, *(f"{role} {number}" for number in range(1, len(ensemble["members"])))]
+    for name, member in zip(roles, ensemble["members"], strict=True):
+        _add_member(shared, name, folder.parent / member["folder"], member["mean"], member["std"])
+    return AdapterScorer(shared, roles, lambda scores: ensemble_score(scores, ensemble["score"], ensemble["k"]))
+
+
+def _add_member(shared: SharedBase, role: str, folder: Path, mean: float, std: float) -> None:
+    """Add a reward adapter and its head as a frozen role whose score is (the adapter's - mean) / std."""
     heads = shared.add(role, folder)
     weights = [tensor for name, tensor in heads.items() if name.endswith("score.weight")]
     if len(weights) != 1 or weights[0].shape != (1, shared.width):
         raise InputError(f"{folder}: holds no score head for this base; a reward model is a SEQ_CLS adapter with one.")
-    head = new_head(shared.width, shared.device)
+    head = new_head(shared.width, shared.device, bias=True)
     with torch.no_grad():
-        head.weight.copy_(weights[0])
+        head.weight.copy_(weights[0] / std)
+        head.bias.fill_(-mean / std)
     shared.set_head(role, head)
-    return AdapterScorer(shared, role)
 
 
 class ClassifierScorer:
@@ -192,13 +225,15 @@ def call_function(
 def value_head(shared: SharedBase, reward_role: str | None, mean: float, std: float) -> nn.Linear:
     """Return a trainable value head that starts as the normalised reward head, or at zero where there is none.
 
-    The normalised score is (w·h - mean) / std, so the head starts at weights w / std and bias -mean / std.
+    The normalised score is (w·h + b - mean) / std, so the head starts at weights w / std and bias (b - mean) / std; of
+    an ensemble the role is one member.
     """
     head = new_head(shared.width, shared.device, bias=True)
     with torch.no_grad():
         if reward_role is None:
             head.weight.zero_()
         else:
-            head.weight.copy_(shared.heads[reward_role].weight / std)
-            head.bias.fill_(-mean / std)
+            reward = shared.heads[reward_role]
+            head.weight.copy_(reward.weight / std)
+            head.bias.copy_((reward.bias - mean) / std)
     return head

@@ -1,4 +1,4 @@
-"""What SFT and reward training share: trl's trainers, with our own order of rows, optimizer, guard and checkpoints.
+"""What SFT and reward training share: stock trainers, with our own order of rows, optimizer, guard and checkpoints.
 
 The rows of step k are the same in any number of processes and in any size of microbatch: row k * batch_size and those
 after it in an endless sequence of shuffled passes over the data. No step has a smaller batch. Dropout is seeded by the
@@ -63,11 +63,19 @@ def row_order(rows: int, first: int, last: int, *seed: object) -> list[int]:
 
 
 def microbatch_size(settings: SFTStage | RewardStage, name: str, processes: int) -> int:
-    """Return the rows of one forward pass: the recipe's microbatch, or the process's whole share of a batch if smaller.
+    """Return the rows that the trainer is handed at a time: the recipe's microbatch, or the process's whole share of a
+    batch if that is smaller, or the stage is a reward stage, which divides its share by tokens.
 
     Raises: InputError when they do not divide the batch.
     """
     share, left = divmod(settings.batch_size, processes)
+    if isinstance(settings, RewardStage):
+        if left or not share:
+            raise InputError(
+                f"stages.{name}.batch_size: {settings.batch_size} prompts do not divide among {processes} processes; "
+                f"use a multiple of {processes}."
+            )
+        return share
     size = min(settings.microbatch, max(share, 1))
     if left or share % size:
         raise InputError(
@@ -108,10 +116,10 @@ class Training:
         self.first = self._found.step if self._found else 0
         log.truncate_after(self.first if self._found else -1)
 
-    def tokens(self, *columns: str) -> int:
-        """Return how many tokens of these columns the whole training sees."""
+    def tokens(self, of_row: Callable[[Mapping[str, Any]], int]) -> int:
+        """Return how many tokens the whole training sees, of rows that have so many each."""
         order = row_order(len(self.rows), 0, self.steps * self.settings.batch_size, *self.seed)
-        lengths = [sum(len(row[column]) for column in columns) for row in self.rows]
+        lengths = [of_row(row) for row in self.rows]
         return sum(lengths[index] for index in order)
 
     def dataset(self) -> Dataset:
@@ -122,7 +130,7 @@ class Training:
         return Dataset.from_dict(columns).select(order, keep_in_memory=True)
 
     def arguments(self, kind: type[TrainingArguments], **more: Any) -> TrainingArguments:
-        """Return trl's configuration for this training; what it would decide for itself is decided here."""
+        """Return the trainer's configuration for this training; what it would decide for itself is decided here."""
         processes, device = self.accelerator.num_processes, self.accelerator.device
         arguments = kind(
             output_dir=str(self.folder / "checkpoints"),
@@ -158,7 +166,7 @@ class Training:
         """
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.data = self._values[name]  # trl has cast those of quantised models to bfloat16
+                parameter.data = self._values[name]  # trl's has cast those of quantised models to bfloat16
         self._values = {}
         settings = self.settings
         self.optimizer = torch.optim.AdamW(
@@ -244,7 +252,7 @@ class Training:
 
 
 class Watched(Trainer):
-    """What both trainers do on top of trl's: show the loss of every microbatch to a guard, and report to nobody."""
+    """What both trainers do on top of the stock ones: show every loss to a guard, and report to nobody."""
 
     watch: Callable[[int, Tensor], None]
 

@@ -18,7 +18,7 @@ class Rate:
     count: int
 
 
-def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Low and high end of the interval of a rate of `successes` in `n` trials; half successes (ties) are fine.
 
     Raises: ValueError when `n` is 0 or `successes` is outside 0..n.
@@ -34,6 +34,29 @@ def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, fl
     low = 0.0 if successes == 0 else (centre - half_width) / scale
     high = 1.0 if successes == n else (centre + half_width) / scale
     return low, high
+
+
+def clustered_wilson_interval(successes: Sequence[float], trials: Sequence[int]) -> tuple[float, float]:
+    """The Wilson interval of a rate over trials that come in clusters, such as the pairs of one prompt: of each cluster
+    its successes (ties counted half) and its trials.
+
+    Trials of a cluster are not independent, so they count as fewer: n / deff, where deff is the variance of the rate
+    over clusters against that of independent trials. At a rate of 0 or 1 nothing tells them apart, and each cluster
+    counts as one. Clusters of one trial each give `wilson_interval`.
+
+    Raises: ValueError when there is no trial.
+    Sources: Kish 1965, "Survey Sampling", section 8.2 (deff); Korn and Graubard 1998, "Confidence intervals for
+    proportions with small expected number of positive counts estimated from survey data" (the count n / deff).
+    """
+    right, count = np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.float64)
+    n = float(count.sum())
+    if n <= 0:
+        raise ValueError("interval of no trials")
+    rate = float(right.sum()) / n
+    variance = float(np.square(right - rate * count).sum()) / n**2  # of a ratio of two sums, linearised
+    effective = rate * (1 - rate) / variance if variance > 0 else float(np.count_nonzero(count))
+    effective = min(effective, n)
+    return wilson_interval(rate * effective, effective)
 
 
 def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 2000) -> tuple[float, float]:

@@ -40,7 +40,7 @@ from rlhf_kit.rollout import (
     scored_by_models,
     unscored,
 )
-from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer, value_head
+from rlhf_kit.scorers import AdapterScorer, Scorer, Written, add_reward_role, external_scorer, value_head
 from rlhf_kit.stages import Job, Outcome
 
 POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
@@ -104,6 +104,7 @@ class PPO:
         self.seed = (job.recipe.seed, job.name)
         self.rows = distributed.share(self.settings.batch_size, self.accelerator)  # of each global batch
         self.metrics: dict[str, float] = {}
+        self.ensemble_std: list[Tensor] = []  # sums over the completions of each microbatch
         self.tokens = 0
         self.rollout_seconds = self.scoring_seconds = 0.0
         self.saved_at = time.monotonic()
@@ -332,8 +333,11 @@ class PPO:
 
     def _raw_scores(self, written: Written) -> Tensor:
         scores = torch.zeros(len(written.texts), device=self.shared.device)
+        self.ensemble_std = []
         for piece in of_like_length(written.mask, range(len(scores)), self.settings.microbatch):
             scores[piece] = self.scorer(written.rows(piece))
+            if isinstance(self.scorer, AdapterScorer) and len(self.scorer.roles) > 1:
+                self.ensemble_std.append(self.scorer.last_std.sum())
         return scores
 
     def _scored_by_models(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -514,8 +518,14 @@ class PPO:
         )
         self.tokens += round(length * size)
         seconds = self.rollout_seconds + learned.seconds
+        doubt = torch.stack(self.ensemble_std).sum() if self.ensemble_std else None
         return {
             "objective/score": score,
+            **(
+                {}
+                if doubt is None
+                else {"reward/ensemble_std": float(distributed.total(doubt, self.accelerator)) / size}
+            ),
             "objective/kl": kl_k1,
             "objective/kl_k3": kl_k3,
             "objective/kl_coef": self.kl_control.coef,

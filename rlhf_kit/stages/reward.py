@@ -1,34 +1,56 @@
-"""A reward model from pairwise preferences, through trl's `RewardTrainer`, as a standard `SEQ_CLS` adapter.
+"""A reward model from comparisons: pairs, or rankings of up to nine completions; a standard `SEQ_CLS` adapter.
 
-The score is read at the last real token, found from the mask (models.classifier), and the loss is Bradley and Terry's
-(maths/preference.py). Trained in train mode, scored in eval mode only: with 8-bit weights the two compute different
-numbers, and PPO scores in eval mode.
+A prompt's completions are each encoded once, and all pairs of them are learnt from these scores (maths/preference.py).
+The score is read at the last real token, found from the mask (models.classifier). A step is a set of prompts. How a
+process divides its share of them into microbatches, and these into forward passes of completions of like length, is
+decided by tokens (collate.py) and changes nothing but the order of sums, for a causal model does not see the padding
+behind a completion. trl's `RewardTrainer` knows pairs alone and batches of a fixed number of them; what is left of a
+trainer here is transformers' own.
 
-At its end the stage measures what others rely on: held-out accuracy; mean and standard deviation of the scores of
-demonstrations, which become 0 and 1 in PPO (InstructGPT's zero point); and a probe, the scores of a few sequences for
-every later user of the adapter to compare with. The adapter is read back from its folder and must score the probe the
-same.
+Trained in train mode, scored in eval mode only: with 8-bit weights the two compute different numbers, and PPO scores in
+eval mode.
+
+An ensemble is the same training several times, each member an adapter and a head of its own on the same base:
+`adapter/` is member 0, `members/1/adapter/` the next. Preferences fix neither zero nor unit of a score, so each
+member's score is normalised before one is made of all.
+
+At its end the stage reads the adapters back from their folders, which must score as those it trained, and measures what
+others rely on: held-out accuracy, of each annotator too; mean and standard deviation of the scores of demonstrations,
+which become 0 and 1 in PPO (InstructGPT's zero point); and a probe, the scores of a few sequences for every later user
+to compare with.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from trl import RewardConfig, RewardTrainer
+from transformers import TrainingArguments
 
 from rlhf_kit import distributed
-from rlhf_kit.collate import right_pad, tokenise_demonstrations, tokenise_pairs
+from rlhf_kit.batches import Comparisons
+from rlhf_kit.collate import (
+    compare,
+    compared,
+    forward_passes,
+    right_pad,
+    tokenise_comparisons,
+    tokenise_demonstrations,
+    tokens_of_group,
+    within_budget,
+)
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference
+from rlhf_kit.examples import Demonstration, Preference, Ranking
 from rlhf_kit.generation import derived_seed
-from rlhf_kit.maths.preference import bradley_terry_loss, centering_penalty
-from rlhf_kit.maths.statistics import wilson_interval
+from rlhf_kit.maths import preference
+from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
+from rlhf_kit.maths.logprobs import Head, token_logprobs
+from rlhf_kit.maths.statistics import clustered_wilson_interval
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import (
     add_adapter,
@@ -36,12 +58,15 @@ from rlhf_kit.models import (
     context_length,
     load_base,
     open_adapter,
+    output_head,
     save_adapter,
+    scores_and_states,
     sequence_scores,
 )
 from rlhf_kit.recipe import RewardStage, SFTStage
+from rlhf_kit.rollout import LOGIT_BYTES
 from rlhf_kit.stages import Job, Outcome
-from rlhf_kit.training import Training, Watched, batches_of_like_length, evaluating, without_dropout
+from rlhf_kit.training import Training, Watched, evaluating, optimizer_steps, without_dropout
 
 NORMALISED_ON = 512
 """Demonstrations at most whose scores set the zero and the unit: standard error of the zero below 5 % of the unit."""
@@ -49,134 +74,235 @@ PROBE = 8
 
 
 def run(job: Job) -> Outcome:
-    """Tune an adapter and a score head on pairs; `adapter/` is the result."""
-    settings, base, text_format = job.settings, job.recipe.base, job.text_format
+    """Tune an adapter and a score head on comparisons; `adapter/` is the result, and `members/` of an ensemble."""
+    settings = job.settings
     assert isinstance(settings, RewardStage)
     examples = job.examples[settings.data]
-    limit = settings.max_length or context_length(base)
-    pairs = tokenise_pairs(examples.train, text_format, limit, settings.truncate)
-    say(f"{job.name}: {pairs}")
-    heldout = tokenise_pairs(examples.heldout, text_format, limit, settings.truncate) if examples.heldout else None
+    limit = settings.max_length or context_length(job.recipe.base)
+    groups = tokenise_comparisons(
+        examples.train,
+        job.text_format,
+        limit,
+        settings.truncate,
+        ties=settings.ties,
+        rating_margin=settings.rating_margin,
+    )
+    say(f"{job.name}: {groups}")
+    heldout = None
+    if examples.heldout:
+        heldout = tokenise_comparisons(examples.heldout, job.text_format, limit, settings.truncate)
     reference = reference_rows(job, limit)
+    budget = token_budget(job.name, settings, groups.rows)
+    probe = [ids for group in (heldout or groups).rows[:PROBE] for ids in group["completions"]][:PROBE]
 
-    model = new_reward_model(job)
-    log = MetricLog(job.folder / "metrics.jsonl", enabled=job.accelerator.is_main_process, accelerator=job.accelerator)
-    training = Training(
-        model,
-        pairs.rows,
-        settings,
-        name=job.name,
-        seed=job.recipe.seed,
-        folder=job.folder,
-        accelerator=job.accelerator,
-        stop=lambda: job.stop.requested,
-        log=log,
-    )
-    dataset = training.dataset()
-    trainer = Trainer(
-        model=model,
-        args=training.arguments(RewardConfig, max_length=None, disable_dropout=False),
-        data_collator=collator(text_format.pad_id),
-        train_dataset=dataset,
-        processing_class=text_format.tokenizer,
-    )
-    left = len(cast(Dataset, trainer.train_dataset))
-    if left != len(dataset):
-        raise RuntimeError(f"{job.name}: trl dropped {len(dataset) - left} pairs")
-    trainer.centre = settings.center_coef
-    training.attach(trainer, trainer.figures)
-    training.run()
+    trained = []
+    for member in range(settings.ensemble):
+        trained.append(train_member(job, member, groups.rows, budget, probe))
+        gc.collect()  # a trainer refers to itself; two bases need not fit into memory
+    ensemble = Ensemble(job, budget)
+    ensemble.check(probe, [scores for scores, _ in trained])
 
+    steps = optimizer_steps(len(groups.rows), settings)
     metrics: dict[str, float] = {}
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"steps": steps, "tokens": sum(tokens for _, tokens in trained)}
+    extra["score_normalisation"] = ensemble.normalise_on(reference)
     if heldout:
-        extra["heldout"] = heldout_accuracy(job, model, heldout.rows)
-        metrics["reward/heldout_accuracy"] = extra["heldout"]["accuracy"]
-        log.log(training.steps, metrics)
-    extra["score_normalisation"] = score_unit(job, model, reference)
-    sequences = (heldout or pairs).rows[: PROBE // 2]
-    probe = [ids for pair in sequences for ids in (pair["chosen_ids"], pair["rejected_ids"])]
-    extra["probe"] = [{"ids": ids, "score": score_alone(model, ids)} for ids in probe]
-    if job.accelerator.is_main_process:
-        save_adapter(model, job.folder / "adapter", base)
-    job.accelerator.wait_for_everyone()
-    del model, trainer, training.model, training.trainer
-    gc.collect()  # a trainer refers to itself; two bases need not fit into memory
-    check_saved(job, extra["probe"])
+        figures = heldout_figures(job, ensemble, heldout.rows)
+        extra |= figures
+        metrics["reward/heldout_accuracy"] = figures["heldout"]["accuracy"]
+    if settings.ensemble > 1:
+        extra["ensemble"] = ensemble.description()
+        metrics["reward/ensemble_std"] = float(ensemble.last_std.mean())
+    extra["probe"] = [{"ids": ids, "score": ensemble.score_alone(ids)} for ids in probe]
+    if metrics:
+        metric_log(job, job.folder).log(steps, metrics)
     return Outcome(
         metrics=metrics,
         data={
             "train": {
                 "card": examples.card.name,
-                "rows": len(pairs.rows),
+                "rows": len(groups.rows),
                 "content_hash": examples.content_hash,
                 "read": examples.counts,
-                "tokenised": pairs.counts,
+                "tokenised": groups.counts,
             },
             "heldout": {"rows": len(heldout.rows), "tokenised": heldout.counts} if heldout else {"rows": 0},
         },
-        extra={"steps": training.steps, "tokens": training.tokens("chosen_ids", "rejected_ids"), **extra},
+        extra=extra,
     )
 
 
-def new_reward_model(job: Job) -> PeftModel:
-    """Return the recipe's base as a classifier with a new adapter and head, or a copy of the `init` stage's adapter."""
+def metric_log(job: Job, folder: Path) -> MetricLog:
+    """Return the log in a folder; trackers follow the stage's own, which is the first member's."""
+    accelerator = job.accelerator if folder == job.folder else None
+    return MetricLog(folder / "metrics.jsonl", enabled=job.accelerator.is_main_process, accelerator=accelerator)
+
+
+def member_folder(job: Job, member: int) -> Path:
+    """Return where a member's `adapter/` and `metrics.jsonl` go."""
+    return job.folder / "members" / str(member) if member else job.folder
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_member(
+    job: Job, member: int, groups: Sequence[Mapping[str, Any]], budget: int, probe: Sequence[Sequence[int]]
+) -> tuple[list[float], int]:
+    """Train one member and write its adapter; return its raw scores of the probe, and the tokens that it saw.
+
+    A member that is trained already is there in its last checkpoint.
+    """
+    settings, accelerator = job.settings, job.accelerator
+    assert isinstance(settings, RewardStage)
+    name = f"{job.name} member {member}" if member else job.name
+    folder = member_folder(job, member)
+    model, head = new_reward_model(job, name)
+    training = Training(
+        model,
+        groups,
+        settings,
+        name=name,
+        seed=job.recipe.seed,
+        # all of a stage's checkpoints lie in one folder, which is not part of its result
+        folder=job.folder / "checkpoints" / folder.relative_to(job.folder) if member else job.folder,
+        accelerator=accelerator,
+        stop=lambda: job.stop.requested,
+        log=metric_log(job, folder),
+    )
+    trainer = Trainer(
+        model=model,
+        args=training.arguments(TrainingArguments, remove_unused_columns=False),
+        data_collator=collator(job.text_format.pad_id, budget),
+        train_dataset=training.dataset(),
+    )
+    trainer.settings, trainer.head = settings, head
+    training.attach(trainer, trainer.figures)
+    if training.first < training.steps:
+        training.run()
+        if settings.ensemble > 1:
+            training.save(training.steps)
+    scores = [score_alone(model, ids) for ids in probe]
+    if accelerator.is_main_process:
+        save_adapter(model, folder / "adapter", job.recipe.base)
+    accelerator.wait_for_everyone()
+    return scores, training.tokens(tokens_of_group)
+
+
+def new_reward_model(job: Job, name: str) -> tuple[PeftModel, Head | None]:
+    """Return the recipe's base as a classifier with a new adapter and head, or a copy of the `init` stage's adapter.
+
+    The second is the base's output head, where a language modelling loss needs it. name: what seeds the new weights.
+    """
     settings, base = job.settings, job.recipe.base
     assert isinstance(settings, RewardStage)
     causal = load_base(base, job.text_format, job.accelerator)
     without_dropout(causal)
-    return add_adapter(
+    head = output_head(causal) if settings.lm_coef else None
+    model = add_adapter(
         classifier(causal),
         job.recipe.adapter,
         "SEQ_CLS",
         init=job.input_folder(settings.init) / "adapter" if settings.init else None,
-        seed=derived_seed(job.recipe.seed, job.name, "adapter"),
+        seed=derived_seed(job.recipe.seed, name, "adapter"),
         base=base,
     )
+    return model, head
 
 
-class Trainer(Watched, RewardTrainer):
-    """trl's, watched, with our loss: trl's pools by comparing with a pad id unless the model knows better."""
+def token_budget(name: str, settings: RewardStage, groups: Sequence[Mapping[str, Any]]) -> int:
+    """Return the tokens of a microbatch: as the recipe says, else `microbatch` times those of the longest prompt.
 
-    centre = 0.0
+    Raises: InputError when a prompt's completions do not fit, for they are learnt from together.
+    """
+    most = max(map(tokens_of_group, groups))
+    if settings.microbatch_tokens is not None and settings.microbatch_tokens < most:
+        raise InputError(
+            f"stages.{name}.microbatch_tokens: {settings.microbatch_tokens} tokens, but one prompt's completions have "
+            f"{most} together and are learnt from in one piece; use at least {most}, or a smaller max_length with "
+            "truncate: left_prompt or drop."
+        )
+    return settings.microbatch_tokens or settings.microbatch * most
+
+
+class Trainer(Watched):
+    """transformers' trainer, which is handed this process's share of a whole step and divides it into microbatches."""
+
+    settings: RewardStage
+    head: Head | None
+    """The base's output head, if a language modelling loss is asked for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list[Tensor] = []
-        """[right, margin, pairs] summed over each microbatch of the step."""
+        """[right, score difference, untied pairs, language modelling loss] summed over each microbatch of the step."""
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the mean loss of a microbatch of pairs; the chosen half comes first."""
-        scores = sequence_scores(model, inputs["input_ids"], inputs["attention_mask"])
-        chosen, rejected = scores.chunk(2)
-        margin = (chosen - rejected).detach().double()
-        right = (margin > 0).double() + (margin == 0).double() / 2
-        self.seen.append(torch.stack([right.sum(), margin.sum(), torch.tensor(float(len(margin))).to(margin)]))
-        loss = bradley_terry_loss(chosen, rejected, inputs.get("margin"))
-        return (loss + self.centre * centering_penalty(chosen, rejected)).mean()
+        """Make the gradients of a step, of all processes; return this one's part of the loss, times their number.
+
+        Losses are divided by the prompts and tokens of the whole step, so that parts add up however it is divided.
+        """
+        self.model.train()  # and not `model`, which may be wrapped to average gradients over processes
+        microbatches: list[Comparisons] = inputs["microbatches"]
+        learnt = torch.stack([mask.sum() for microbatch in microbatches for mask in microbatch.learnt]).sum()
+        tokens = distributed.total(learnt, self.accelerator)
+        parts = []
+        for microbatch in microbatches:
+            part = self.part(microbatch, tokens)
+            part.backward()
+            parts.append(part.detach())
+        distributed.add_up_gradients((p for p in self.model.parameters() if p.requires_grad), self.accelerator)
+        loss = torch.stack(parts).sum() * self.accelerator.num_processes
+        self.watch(self.state.global_step + 1, loss)
+        return loss
+
+    def part(self, microbatch: Comparisons, tokens: Tensor) -> Tensor:
+        """Return a microbatch's part of a step's loss; `tokens` is how many the step's language modelling loss has."""
+        settings = self.settings
+        scored, logprobs = [], []
+        for ids, mask, learnt in zip(microbatch.ids, microbatch.mask, microbatch.learnt, strict=True):
+            scores, states = scores_and_states(self.model, ids, mask.long())
+            scored.append(scores)
+            if self.head is not None and learnt.any():
+                following = learnt[:, 1:]
+                chunk = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+                logprobs.append(token_logprobs(states[:, :-1][following], self.head, ids[:, 1:][following], 1.0, chunk))
+        scores = torch.cat(scored)
+        chosen, rejected = scores[microbatch.chosen], scores[microbatch.rejected]
+        probability = preference.smoothed(microbatch.probability, settings.label_smoothing)
+        losses = preference.soft_bradley_terry_loss(chosen, rejected, probability, microbatch.margin)
+        losses = losses + settings.center_coef * preference.centering_penalty(chosen, rejected)
+        loss = (preference.pair_weights(microbatch.prompt) * losses).sum() / settings.batch_size
+        modelling = torch.zeros_like(loss)
+        if logprobs:
+            modelling = preference.language_modelling_loss(torch.cat(logprobs), tokens)
+            loss = loss + settings.lm_coef * modelling
+
+        untied = microbatch.probability != 0.5
+        difference = (chosen - rejected).detach()[untied].double()
+        right = (difference > 0).double() + (difference == 0).double() / 2
+        figures = (right.sum(), difference.sum(), untied.sum().double(), modelling.detach().double())
+        self.seen.append(torch.stack(figures))
+        return loss
 
     def figures(self) -> dict[str, float]:
-        """Return accuracy and mean score difference over the pairs of the step, in all processes."""
-        right, margin, pairs = distributed.total(torch.stack(self.seen).sum(0), self.accelerator).tolist()
+        """Return accuracy and mean score difference over the untied pairs of the step, in all processes; and the
+        language modelling loss, if any.
+        """
+        right, margin, pairs, modelling = distributed.total(torch.stack(self.seen).sum(0), self.accelerator).tolist()
         self.seen.clear()
-        return {"reward/accuracy": right / pairs, "reward/margin": margin / pairs}
+        figures = {"reward/accuracy": right / pairs, "reward/margin": margin / pairs} if pairs else {}
+        return figures | ({} if self.head is None else {"reward/lm_loss": modelling})
 
 
-def collator(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
-    """Return what makes a batch of pairs: `input_ids` and `attention_mask` [2B, T], chosen first, and margins [B]."""
+def collator(pad_id: int, budget: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, list[Comparisons]]]:
+    """Return what makes a process's share of a step: microbatches of at most `budget` tokens, no prompt divided."""
 
-    def collate(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids, mask = right_pad([pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs], pad_id)
-        batch = {"input_ids": ids, "attention_mask": mask.long()}
-        if "margin" in pairs[0]:
-            batch["margin"] = torch.tensor([pair["margin"] for pair in pairs])
-        return batch
+    def collate(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[Comparisons]]:
+        pieces = within_budget([tokens_of_group(group) for group in groups], budget)
+        return {"microbatches": [compare([groups[index] for index in piece], pad_id) for piece in pieces]}
 
     return collate
 
@@ -184,41 +310,154 @@ def collator(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, T
 # ---------------------------------------------------------------- what others rely on
 
 
-def score_rows(job: Job, model: PeftModel, rows: Sequence[Sequence[int]], what: str) -> Tensor:
-    """Return the raw scores [N], float64 on the CPU, of token rows, in their order and in every process."""
-    accelerator = job.accelerator
-    batches = batches_of_like_length([len(row) for row in rows], 2 * job.settings.microbatch)
-    mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
-    scores = torch.zeros(len(rows), dtype=torch.float64)
-    with evaluating(model):
-        for index in progress(mine, desc=f"{job.name}: scoring {what}"):
-            ids, mask = right_pad([rows[row] for row in batches[index]], job.text_format.pad_id)
-            scored = sequence_scores(model, ids.to(model.device), mask.long().to(model.device))
-            scores[batches[index]] = scored.double().cpu()
-    return distributed.total(scores.to(accelerator.device), accelerator).cpu()
-
-
-def score_alone(model: PeftModel, ids: Sequence[int]) -> float:
+def score_alone(model: nn.Module, ids: Sequence[int]) -> float:
     """Return the raw score of one sequence without any padding."""
-    row = torch.tensor([ids], device=model.device)
+    row = torch.tensor([ids], device=next(model.parameters()).device)
     with evaluating(model):
         return float(sequence_scores(model, row, torch.ones_like(row)))
 
 
-def heldout_accuracy(job: Job, model: PeftModel, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how often the chosen completion scores higher, ties counted half, with its 95 % Wilson interval."""
-    rows = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-    chosen, rejected = score_rows(job, model, rows, "held-out pairs").chunk(2)
-    right = float((chosen > rejected).sum()) + float((chosen == rejected).sum()) / 2
-    low, high = wilson_interval(right, len(pairs))
-    say(f"{job.name}: held-out accuracy {right / len(pairs):.3f}, 95 % interval {low:.3f} to {high:.3f}")
-    return {"accuracy": right / len(pairs), "accuracy_ci": [low, high], "pairs": len(pairs)}
+class Ensemble:
+    """The members as read back from their folders, and one score from all of them; of one member its raw score."""
+
+    def __init__(self, job: Job, budget: int) -> None:
+        settings = job.settings
+        assert isinstance(settings, RewardStage)
+        self.job, self.settings, self.budget = job, settings, budget
+        self.folders = [member_folder(job, member) / "adapter" for member in range(settings.ensemble)]
+        fresh = classifier(load_base(job.recipe.base, job.text_format, job.accelerator))
+        self.model = open_adapter(fresh, self.folders[0])
+        for number, folder in enumerate(self.folders[1:], start=1):
+            self.model.load_adapter(str(folder), str(number), torch_device=str(self.model.device))
+        self.units: list[tuple[float, float]] = []
+        """Mean and standard deviation of each member's raw scores of the demonstrations."""
+        self.last_std = torch.zeros(0)
+        """Of the rows scored last, the standard deviation over the members."""
+
+    def check(self, probe: Sequence[Sequence[int]], trained: Sequence[Sequence[float]]) -> None:
+        """Compare the members with what was trained.
+
+        Raises: RuntimeError when one scores the probe differently.
+        """
+        for member, (folder, expected) in enumerate(zip(self.folders, trained, strict=True)):
+            self._activate(member)
+            for ids, score in zip(probe, expected, strict=True):
+                again = score_alone(self.model, ids)
+                if again != score:
+                    raise RuntimeError(
+                        f"{folder}: read back, the reward model scores {again} where it scored {score}; the files do "
+                        "not hold what was trained"
+                    )
+        say(f"{self.job.name}: read back, the adapter gives the same {len(probe)} probe scores")
+
+    def normalise_on(self, reference: Mapping[str, Any]) -> dict[str, Any]:
+        """Return mean and standard deviation of the scores of the reference rows; from now on they are members' units.
+
+        Raises: InputError when they all have the same score.
+        """
+        raw = self._raw(reference["rows"], "demonstrations")
+        self.units = [(float(scores.mean()), float(scores.std(correction=0))) for scores in raw]
+        for mean, std in self.units:
+            if not std > 0:
+                raise InputError(
+                    f"stages.{self.job.name}.normalize_on: all {raw.shape[1]} rows of {reference['card']} have the "
+                    f"same score ({mean:.4g}), so there is no unit; name a card with several different demonstrations."
+                )
+        scores = self._combined(raw)
+        mean, std = float(scores.mean()), float(scores.std(correction=0))
+        say(
+            f"{self.job.name}: {len(scores)} demonstrations of {reference['card']} score {mean:.4g} ± {std:.4g}; "
+            "0 ± 1 in PPO"
+        )
+        kept = {"card": reference["card"], "heldout_rows": reference["heldout"], "tokenised": reference["counts"]}
+        return {"mean": mean, "std": std, "rows": len(scores), **kept}
+
+    def score(self, rows: Sequence[Sequence[int]], what: str) -> Tensor:
+        """Return the scores [N], float64 on the CPU, of token rows, in their order and in every process."""
+        return self._combined(self._raw(rows, what))
+
+    def score_alone(self, ids: Sequence[int]) -> float:
+        """Return the score of one sequence without any padding."""
+        raw = []
+        for member in range(len(self.folders)):
+            self._activate(member)
+            raw.append([score_alone(self.model, ids)])
+        return float(self._combined(torch.tensor(raw, dtype=torch.float64)))
+
+    def description(self) -> dict[str, Any]:
+        """Return what a user of the folders needs to make the same score of them."""
+        members = [
+            {"folder": folder.relative_to(self.job.folder).as_posix(), "mean": mean, "std": std}
+            for folder, (mean, std) in zip(self.folders, self.units, strict=True)
+        ]
+        return {"score": self.settings.ensemble_score, "k": self.settings.ensemble_k, "members": members}
+
+    def _activate(self, member: int) -> None:
+        if len(self.folders) > 1:
+            self.model.set_adapter(str(member) if member else "default", inference_mode=True)
+
+    def _raw(self, rows: Sequence[Sequence[int]], what: str) -> Tensor:
+        """Return the members' raw scores [n, N], float64 on the CPU; each row is read by some process."""
+        job, accelerator = self.job, self.job.accelerator
+        passes = forward_passes([len(row) for row in rows], self.budget)
+        mine = range(accelerator.process_index, len(passes), accelerator.num_processes)
+        scores = torch.zeros(len(self.folders), len(rows), dtype=torch.float64)
+        with evaluating(self.model):
+            for member in range(len(self.folders)):
+                self._activate(member)
+                for index in progress(mine, desc=f"{job.name}: scoring {what}"):
+                    ids, mask = right_pad([rows[row] for row in passes[index]], job.text_format.pad_id)
+                    scored = sequence_scores(self.model, ids.to(self.model.device), mask.long().to(self.model.device))
+                    scores[member, passes[index]] = scored.double().cpu()
+        return distributed.total(scores.to(accelerator.device), accelerator).cpu()
+
+    def _combined(self, raw: Tensor) -> Tensor:
+        if len(raw) == 1:
+            return raw[0]
+        mean, std = (torch.tensor(column, dtype=raw.dtype).unsqueeze(1) for column in zip(*self.units, strict=True))
+        normalised = (raw - mean) / std
+        self.last_std = ensemble_std(normalised)
+        return ensemble_score(normalised, self.settings.ensemble_score, self.settings.ensemble_k)
+
+
+def heldout_figures(job: Job, ensemble: Ensemble, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return "heldout", the accuracy on all pairs, and "accuracy_by_annotator", where annotators are known."""
+    scores = ensemble.score([ids for group in groups for ids in group["completions"]], "held-out completions")
+    pieces = scores.split([len(group["completions"]) for group in groups])
+    heldout = accuracy(groups, pieces)
+    low, high = heldout["accuracy_ci"]
+    say(f"{job.name}: held-out accuracy {heldout['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    by_annotator = {}
+    for annotator in sorted({group["annotator"] for group in groups} - {None}):
+        rows = [row for row, group in enumerate(groups) if group["annotator"] == annotator]
+        by_annotator[annotator] = accuracy([groups[row] for row in rows], [pieces[row] for row in rows])
+    return {"heldout": heldout} | ({"accuracy_by_annotator": by_annotator} if by_annotator else {})
+
+
+def accuracy(groups: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> dict[str, Any]:
+    """Return how often the better completion of a pair scores higher, ties of scores counted half, with its 95 %
+    interval; pairs of one prompt are not independent and count as fewer there.
+
+    scores: of the completions of each group.
+    """
+    successes: dict[tuple[int, ...], float] = {}
+    trials: dict[tuple[int, ...], int] = {}
+    for group, scored in zip(groups, scores, strict=True):
+        prompt = tuple(group["completions"][0][: group["prompt_tokens"]])
+        difference = scored[group["chosen"]] - scored[group["rejected"]]
+        right = float((difference > 0).sum()) + float((difference == 0).sum()) / 2
+        successes[prompt] = successes.get(prompt, 0.0) + right
+        trials[prompt] = trials.get(prompt, 0) + len(difference)
+    interval = clustered_wilson_interval(list(successes.values()), list(trials.values()))
+    pairs = sum(trials.values())
+    rate = sum(successes.values()) / pairs
+    return {"accuracy": rate, "accuracy_ci": list(interval), "pairs": pairs, "prompts": len(trials)}
 
 
 def reference_rows(job: Job, limit: int | None) -> dict[str, Any]:
     """Return the demonstrations that set the zero and the unit of the score: a card's name, their token rows, counts.
 
-    They are those of `normalize_on`, else those the `init` stage learned from, else the chosen completions; at most
+    They are those of `normalize_on`, else those the `init` stage learned from, else the best completions; at most
     `NORMALISED_ON` of them at random, held-out ones first. Those that do not fit are left out and counted.
     """
     settings, recipe = job.settings, job.recipe
@@ -230,7 +469,7 @@ def reference_rows(job: Job, limit: int | None) -> dict[str, Any]:
     for part in (examples.heldout, examples.train):
         generator = torch.Generator().manual_seed(derived_seed(recipe.seed, job.name, "normalisation"))
         rows += [part[index] for index in torch.randperm(len(part), generator=generator).tolist()]
-    rows = [_chosen_side(row) if isinstance(row, Preference) else row for row in rows[:NORMALISED_ON]]
+    rows = [best_side(row) if isinstance(row, Preference | Ranking) else row for row in rows[:NORMALISED_ON]]
     truncate = "drop" if settings.truncate == "error" else settings.truncate
     tokenised = tokenise_demonstrations(rows, job.text_format, limit, truncate)
     heldout = sum(index < len(examples.heldout) for index in tokenised.kept)
@@ -242,39 +481,7 @@ def reference_rows(job: Job, limit: int | None) -> dict[str, Any]:
     }
 
 
-def _chosen_side(pair: Preference) -> Demonstration:
-    return Demonstration(prompt=pair.prompt, completion=pair.chosen, where=pair.where)
-
-
-def score_unit(job: Job, model: PeftModel, reference: Mapping[str, Any]) -> dict[str, Any]:
-    """Return mean and standard deviation of the raw scores of the reference rows.
-
-    Raises: InputError when they all have the same score.
-    """
-    scores = score_rows(job, model, reference["rows"], "demonstrations")
-    mean, std = float(scores.mean()), float(scores.std(correction=0))
-    if not std > 0:
-        raise InputError(
-            f"stages.{job.name}.normalize_on: all {len(scores)} rows of {reference['card']} have the same score "
-            f"({mean:.4g}), so there is no unit; name a card with several different demonstrations."
-        )
-    say(f"{job.name}: {len(scores)} demonstrations of {reference['card']} score {mean:.4g} ± {std:.4g}; 0 ± 1 in PPO")
-    kept = {"card": reference["card"], "heldout_rows": reference["heldout"], "tokenised": reference["counts"]}
-    return {"mean": mean, "std": std, "rows": len(scores), **kept}
-
-
-def check_saved(job: Job, probe: Sequence[Mapping[str, Any]]) -> None:
-    """Read the adapter back onto a fresh base and compare.
-
-    Raises: RuntimeError when it scores the probe differently.
-    """
-    fresh = classifier(load_base(job.recipe.base, job.text_format, job.accelerator))
-    model = open_adapter(fresh, job.folder / "adapter")
-    for row in probe:
-        again = score_alone(model, row["ids"])
-        if again != row["score"]:
-            raise RuntimeError(
-                f"{job.folder / 'adapter'}: read back, the reward model scores {again} where it scored {row['score']}; "
-                "the files do not hold what was trained"
-            )
-    say(f"{job.name}: read back, the adapter gives the same {len(probe)} probe scores")
+def best_side(row: Preference | Ranking) -> Demonstration:
+    """Return the best completion of a prompt as a demonstration."""
+    found = compared(row)
+    return Demonstration(prompt=row.prompt, completion=found.completions[found.best], where=row.where)

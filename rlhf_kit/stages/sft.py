@@ -99,7 +99,7 @@ def run(job: Job) -> Outcome:
             },
             "heldout": {"rows": len(heldout.rows), "tokenised": heldout.counts} if heldout else {"rows": 0},
         },
-        extra={"steps": training.steps, "tokens": training.tokens("input_ids")},
+        extra={"steps": training.steps, "tokens": training.tokens(lambda row: len(row["input_ids"]))},
     )
 
 

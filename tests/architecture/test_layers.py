@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parents[2] / "rlhf_kit"
 
 FLOORS = (  # from the ground up; a module imports from its own floor or from below, and never in a circle
     {"errors"},
-    {"marked_yaml", "settings"},
+    {"marked_yaml", "settings", "columns"},
     {"recipe", "maths"},
     {"data_cards", "artifacts"},
+    {"data_files"},
     {"examples", "batches"},
     {"collate", "check"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics"},
@@ -32,7 +33,9 @@ WITHOUT_TORCH = (
     "marked_yaml",
     "settings",
     "recipe",
+    "columns",
     "data_cards",
+    "data_files",
     "artifacts",
     "examples",
     "check",

@@ -72,7 +72,7 @@ class TestPlan:
             fetched.append(str(source))
             yield from ((f"{source}:{n}", {"prompt": f"Q{n}"}) for n in range(20))
 
-        monkeypatch.setattr("rlhf_kit.examples._hub_rows", fetch)
+        monkeypatch.setattr("rlhf_kit.examples.hub_rows", fetch)
         Path("asked.md").write_text("---\nrlhf_kit: {kind: prompts, source: {hub: a/b, revision: v1}}\n---\n")
         assert "prompts of a/b@v1[train], not fetched by check" in lines()["data asked.md:"]
         assert fetched == []
@@ -88,7 +88,9 @@ class TestPlan:
         """A held-out prompt that another stage learns from is a note."""
         write_jsonl(workplace / "held.jsonl", [{"prompt": "Where is the hat?"}, {"prompt": "unseen"}])
         Path("asked.md").write_text(
-            Path("asked.md").read_text().replace("asked.jsonl", "asked.jsonl\n  heldout: held.jsonl")
+            Path("asked.md")
+            .read_text()
+            .replace("asked.jsonl", "asked.jsonl\n  heldout: held.jsonl\n  shared_prompts: drop")
         )
         Path("shown.md").write_text(Path("shown.md").read_text().replace("shown.jsonl", "shown.jsonl\n  heldout: 0"))
         notes = [line for line in check_recipe(load_recipe("recipe.yaml")) if line.startswith("note")]

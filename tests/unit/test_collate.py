@@ -17,7 +17,7 @@ from rlhf_kit.collate import (
     load_text_format,
     right_pad,
     tokenise_demonstrations,
-    tokenise_pairs,
+    tokenise_comparisons,
     tokenise_prompts,
 )
 from rlhf_kit.errors import InputError
@@ -200,7 +200,7 @@ def test_text_the_tokenizer_changes_is_counted(tmp_path):
     tokenised = tokenise_demonstrations(rows, found, None, "error")
     assert tokenised.counts["text changed by the tokenizer"] == 1
     pairs = [Preference("a ", "here", "it’s", "1"), Preference("a ", "here", "it is", "2")]
-    assert tokenise_pairs(pairs, found, None, "error").counts["text changed by the tokenizer"] == 1
+    assert tokenise_comparisons(pairs, found, None, "error").counts["text changed by the tokenizer"] == 1
     assert str(tokenised) == "4 of 4 rows, 39 tokens, 1 text changed by the tokenizer"
 
 
@@ -299,7 +299,7 @@ def test_pairs_share_one_cut_prompt(tmp_path):
     """Both sides of a pair keep the same part of the prompt: what the longer completion leaves room for."""
     found = text_format(tmp_path)
     pairs = [Preference("abcd", "e", "fgh", "1"), Preference("a", "b", "c", "2", margin=0.5)]
-    rows = tokenise_pairs(pairs, found, 7, "left_prompt").rows
+    rows = tokenise_comparisons(pairs, found, 7, "left_prompt").rows
     assert found.tokenizer.decode(rows[0]["chosen_ids"]) == "<s>cde</s>"
     assert found.tokenizer.decode(rows[0]["rejected_ids"]) == "<s>cdfgh</s>"
     assert [row["margin"] for row in rows] == [0.0, 0.5]
@@ -307,7 +307,9 @@ def test_pairs_share_one_cut_prompt(tmp_path):
 
 def test_pairs_without_margins_have_no_margin_column(tmp_path):
     """No margin is invented where the data has none."""
-    assert set(tokenise_pairs([Preference("a", "b", "c", "1")], text_format(tmp_path), None, "error").rows[0]) == {
+    assert set(
+        tokenise_comparisons([Preference("a", "b", "c", "1")], text_format(tmp_path), None, "error").rows[0]
+    ) == {
         "chosen_ids",
         "rejected_ids",
     }

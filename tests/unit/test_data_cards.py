@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_kit.data_cards import DataCard, HubSource, load_card, template_columns
+from rlhf_kit.columns import template_columns
+from rlhf_kit.data_cards import DataCard, HubSource, load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import write_yaml
 
@@ -98,9 +99,8 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"kind": "demo"}, 'card.md:3: rlhf_kit.kind: must be demonstrations, preferences, prompts or text'),
+            ({"kind": "demo"}, "kind: must be demonstrations, preferences, rankings, prompts or text"),
             ({"kind": ...}, "rlhf_kit.kind: missing, and has no default: demonstrations"),
-            ({"kind": "rankings"}, "rankings are not read yet; write them out as pairs"),
             ({"source": ...}, "rlhf_kit.source: missing, and has no default: a file"),
             ({"source": 3}, "rlhf_kit.source: must be a file"),
             ({"source": "c.jsonl"}, "card.md:4: rlhf_kit.source: there is no file c.jsonl; did you mean a.jsonl?"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Text, load_examples, prompts_of
+from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Ranking, Text, load_examples, prompts_of
 from rlhf_kit.marked_yaml import write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +71,17 @@ class TestKinds:
         assert load(rows, "preferences").train == [
             Preference("Q", "a", "b", "d.jsonl:1", 2.0, "7"),
             Preference("Q", "a", "b", "d.jsonl:2", None, None),
+        ]
+
+    def test_rankings(self, here):
+        """Ranks as they are; ratings give the ranks, equal ones the same."""
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 4], "annotator": "x"}]
+        assert load(rows, "rankings").train == [
+            Ranking("Q", ["a", "b", "c", "d"], [2.0, 1.0, 2.0, 4.0], "d.jsonl:1", None, "x")
+        ]
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c", "d"], "ratings": [3, 7, 3, 1]}]
+        assert load(rows, "rankings").train == [
+            Ranking("Q", ["a", "b", "c", "d"], [2.0, 1.0, 2.0, 4.0], "d.jsonl:1", [3.0, 7.0, 3.0, 1.0])
         ]
 
     def test_prompts_and_text(self, here):
@@ -286,9 +297,12 @@ class TestSplit:
         assert load([{"prompt": "Q"}], "prompts", heldout=share).heldout == []
 
     def test_heldout_file(self, here):
-        """Rows of another file; a training prompt that is also in it is dropped and counted."""
+        """Rows of another file; a training prompt that is also in it is an error, or dropped and counted."""
         Path("h.jsonl").write_text('{"prompt": "a"}\n{"prompt": "z"}\n')
-        found = load([{"prompt": p} for p in "abc"], "prompts", heldout="h.jsonl")
+        first, last = wrong([{"prompt": p} for p in "abc"], "prompts", heldout="h.jsonl")
+        assert first == "d.jsonl:1: the prompt is also held out, in h.jsonl:1"
+        assert last.startswith("c.md: 1 rows to train on have prompts that are also held out")
+        found = load([{"prompt": p} for p in "abc"], "prompts", heldout="h.jsonl", shared_prompts="drop")
         assert [row.prompt for row in found.train] == ["b", "c"]
         assert [row.where for row in found.heldout] == ["h.jsonl:1", "h.jsonl:2"]
         assert found.counts == {"read": 5, "kept": 4, "dropped: prompt is also held out": 1}
@@ -430,8 +444,8 @@ class TestFiles:
             ),
             (
                 "d.jsonl.gz",
-                gzip.compress(b"x" * (2**26 + 1), mtime=0),
-                "d.jsonl.gz:1: the line is longer than 67,108,864 bytes",
+                gzip.compress(b"x" * (2**24 + 1), mtime=0),
+                "d.jsonl.gz:1: the line is longer than 16,777,216 bytes",
             ),
             ("d.parquet", b"PAR1xxxxPAR1", "d.parquet:1: not a sound Parquet file"),
         ],

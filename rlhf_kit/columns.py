@@ -1,0 +1,162 @@
+"""The small language in which a data card says where a value stands in a row.
+
+    question                       a column
+    info.post                      a field inside of it
+    summaries[0].text              an element of a list; [-1] is the last one
+    completions[].overall_score    of every element, as a list; [:9] of the first nine
+    "{instruction}\\n{input}"       a template over several of them
+    [answer_1, answer_2]           a list of them
+    {system: sys, user: question}  chat messages, for prompts
+
+Where a path goes into a text, the text is read as JSON, which is how .csv files hold lists. A column whose own name is
+written like a path (`preference.responses`) is taken before the way into another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from rlhf_kit.errors import did_you_mean
+
+__all__ = ["ROLES", "Expression", "Missing", "columns_of", "fault", "is_there", "value_of"]
+
+Expression = str | list[str] | dict[str, str]
+Step = str | int | slice
+
+ROLES = ("system", "history", "user")
+"""Keys of a prompt's chat messages: history is a list of messages, or of pairs of question and answer."""
+
+_STEP = re.compile(r"\.([^.\[\]{}]+)|\[(-?\d{1,9})\]|\[(?:(-?\d{1,9})?:(-?\d{1,9})?)?\]")
+_BRACES = re.compile(r"\{([^{}]+)\}")
+
+
+class Missing(LookupError):
+    """There is nothing where the expression points; `reason` is without the row's own words."""
+
+    def __init__(self, reason: str, detail: str):
+        self.reason, self.detail = reason, detail
+
+
+@lru_cache(maxsize=1024)
+def path_of(text: str) -> tuple[Step, ...]:
+    """Return the steps of `info.posts[0]`: ("info", "posts", 0); the text itself as one step if it is no path."""
+    first = re.match(r"[^.\[\]{}]+", text)
+    steps: list[Step] = [first[0]] if first else []
+    end = first.end() if first else 0
+    while first and end < len(text):
+        step = _STEP.match(text, end)
+        if step is None:
+            return (text,)
+        name, index, start, stop = step.groups()
+        if name is not None:
+            steps.append(name)
+        elif index is not None:
+            steps.append(int(index))
+        else:
+            steps.append(slice(int(start) if start else None, int(stop) if stop else None))
+        end = step.end()
+    return tuple(steps) or (text,)
+
+
+@lru_cache(maxsize=1024)
+def template_columns(template: str) -> tuple[str, ...]:
+    """Return what a template such as "{instruction}\\n{input}" names in braces; nothing if it is not a template."""
+    parts = _BRACES.split(template)
+    return () if any("{" in text or "}" in text for text in parts[::2]) else tuple(parts[1::2])
+
+
+def columns_of(expression: Expression) -> list[str]:
+    """Return the paths that an expression is made of, templates taken apart."""
+    match expression:
+        case str():
+            return list(template_columns(expression)) or [expression]
+        case list():
+            return [path for part in expression for path in columns_of(part)]
+    return [path for part in expression.values() for path in columns_of(part)]
+
+
+def fault(expression: Expression) -> str | None:
+    """Return what is wrong with the way an expression is written, or None."""
+    if isinstance(expression, dict):
+        unknown = [role for role in expression if role not in ROLES]
+        if unknown:
+            return f"a prompt of messages has {', '.join(ROLES)}, not {unknown[0]}"
+        if "user" not in expression and "history" not in expression:
+            return "a prompt of messages needs user: what is asked"
+    for part in [expression] if isinstance(expression, str) else _parts(expression):
+        if ("{" in part or "}" in part) and not template_columns(part):
+            return 'a template names columns in braces, such as "{instruction} {input}"'
+    return None
+
+
+def _parts(expression: list[str] | dict[str, str]) -> list[str]:
+    return expression if isinstance(expression, list) else list(expression.values())
+
+
+def is_there(path: str, cells: Mapping[str, Any]) -> bool:
+    """Return whether the row has the column that a path begins with."""
+    return path in cells or path_of(path)[0] in cells
+
+
+def value_of(expression: Expression, cells: Mapping[str, Any]) -> Any:
+    """Return the value in a row; a template's is text without white space at its ends.
+
+    Raises:
+        Missing: the row does not have it.
+    """
+    if isinstance(expression, str):
+        if expression in cells:
+            return cells[expression]
+        names = template_columns(expression)
+        if not names:
+            return _walk(cells, path_of(expression), expression)
+        filled = {name: _filled(name, cells) for name in names}
+        return _BRACES.sub(lambda match: filled[match[1]], expression).strip()
+    if isinstance(expression, list):
+        return [value_of(part, cells) for part in expression]
+    return {role: value_of(part, cells) for role, part in expression.items()}
+
+
+def _filled(name: str, cells: Mapping[str, Any]) -> str:
+    value = cells[name] if name in cells else _walk(cells, path_of(name), name)
+    if not isinstance(value, str):
+        seen = "nothing (null)" if value is None else json.dumps(value, ensure_ascii=False, default=str)[:80]
+        raise Missing("non-text cell", f"column {name} must be text; seen {seen}")
+    return value
+
+
+def _walk(value: Any, steps: tuple[Step, ...], path: str) -> Any:
+    for number, step in enumerate(steps):
+        if isinstance(value, str) and number:
+            value = _structured(value, path)
+        if isinstance(step, str):
+            if not isinstance(value, Mapping):
+                raise Missing("missing column", f"{path}: there is no {step}, for it is inside no mapping")
+            if step not in value:
+                raise Missing("missing column", f"{path}: there is no {step} in this row{did_you_mean(step, value)}")
+            value = value[step]
+        elif not isinstance(value, list):
+            raise Missing("missing column", f"{path}: there is no list to take {_shown(step)} of")
+        elif isinstance(step, slice):
+            return [_walk(item, steps[number + 1 :], path) for item in value[step]]
+        elif not -len(value) <= step < len(value):
+            raise Missing("missing column", f"{path}: the list has {len(value)} elements, there is no [{step}]")
+        else:
+            value = value[step]
+    return value
+
+
+def _structured(text: str, path: str) -> Any:
+    """Return the list or object that a text spells, as cells of .csv files do."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise Missing("missing column", f"{path}: goes into a text, which is not JSON: {text[:40]!r}") from None
+
+
+def _shown(step: int | slice) -> str:
+    return f"[{step}]" if isinstance(step, int) else "the elements"
