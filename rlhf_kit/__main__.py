@@ -15,9 +15,10 @@ from typing import Annotated
 
 import typer
 
-from rlhf_kit.errors import Diverged, InputError, Interrupted
+from rlhf_kit.errors import Diverged, InputError, Interrupted, OutOfRoom
 
 FAILED, INPUT_IS_WRONG, STOPPED = 1, 2, 75
+EXIT_CODES = {Diverged: FAILED, OutOfRoom: FAILED, InputError: INPUT_IS_WRONG, Interrupted: STOPPED}
 LIBRARIES = "accelerate|bitsandbytes|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl"
 
 app = typer.Typer(
@@ -78,10 +79,10 @@ def main() -> None:
     quiet_libraries()
     try:
         app(prog_name="rlhf-kit")
-    except (Diverged, InputError, Interrupted) as error:
+    except (Diverged, InputError, Interrupted, OutOfRoom) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once for each process
             print(error, file=sys.stderr)
-        sys.exit({Diverged: FAILED, InputError: INPUT_IS_WRONG, Interrupted: STOPPED}[type(error)])
+        sys.exit(EXIT_CODES[type(error)])
 
 
 def quiet_libraries() -> None:

@@ -6,6 +6,7 @@ No torch here; nothing here decides what is run.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -14,12 +15,12 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import InputError, OutOfRoom
 
 __version__ = "0.1.0"  # here, for every manifest names it
 MANIFEST = "manifest.json"
@@ -30,8 +31,10 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
+TRACKERS = "trackers"
 PREVIOUS = ".previous"  # suffix of a finished stage's folder while the stage is run again
 SCHEMA = 1
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 PACKAGES = (
     *("rlhf-kit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers"),
     *("safetensors", "huggingface_hub", "numpy", "pyarrow", "pydantic"),
@@ -70,15 +73,15 @@ def _makes_the_model(path: Path) -> bool:
 # ---------------------------------------------------------------- writing
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Put a text file in place whole: written beside, synced, renamed. A crash leaves the old file or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put a file in place whole: written beside, synced, renamed. A crash leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(content)
+    with _open_own(partial, os.O_TRUNC) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,6 +94,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines, each with its "step", to a file of JSON lines."""
+    with _open_own(path, os.O_APPEND) as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+
 def truncate_jsonl(path: Path, step: int) -> None:
     """Remove the lines of a JSON-lines file whose "step" is above `step`, and a last line that a crash cut off."""
     if not path.exists():
@@ -99,7 +108,12 @@ def truncate_jsonl(path: Path, step: int) -> None:
     write_atomically(path, "".join(line + "\n" for line in whole_lines if json.loads(line)["step"] <= step))
 
 
-def _sync(path: Path) -> None:
+def _open_own(path: Path, mode: int) -> BinaryIO:
+    """Open a file of the run for writing; a symbolic link in its place is an error and is not followed."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | mode, 0o666), "wb")
+
+
+def sync(path: Path) -> None:
     """Have the disk take a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -128,8 +142,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write a stage's manifest with all its files; it becomes visible last, when every byte it speaks of is on disk."""
     files = describe_files(folder)
     for name in files:
-        _sync(folder / name)
-        _sync((folder / name).parent)
+        sync(folder / name)
+        sync((folder / name).parent)
     write_json(folder / MANIFEST, {**manifest, "files": files})
 
 
@@ -204,35 +218,80 @@ def check_run_directory(folder: Path) -> None:
     """Refuse a folder that holds something else than a run, before anything is written into it.
 
     Raises:
-        InputError: it is a file, or a folder with other people's things in it.
+        InputError: it is a file, a folder with other people's things in it, or holds symbolic links, which would lead
+            what is written elsewhere (trackers' own files apart).
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; a run needs a folder of its own (--out DIR).")
     if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not (folder / RECIPE).is_file():
         raise InputError(f"{folder}: is not empty and holds no {RECIPE}; a run needs a folder of its own (--out DIR).")
+    links = [path for path in folder.rglob("*") if path.is_symlink() and TRACKERS not in path.parts]
+    if links:
+        raise InputError(
+            f"{links[0]}: is a symbolic link to {os.readlink(links[0])}; a run writes to files of its own alone. Put "
+            "the real file there, or use --out DIR."
+        )
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory, so that two runs do not write into it. A lock left by a killed process holds nobody.
+def locked(folder: Path) -> Iterator[str]:
+    """Hold a run directory, so that two runs do not write into it; yield who held it and died, or "".
+
+    A lock left by a killed process holds nobody: the kernel lets go of it.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); a run needs a folder of its own (--out DIR)."
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
             raise InputError(
                 f"{folder}: another run is at work here ({file.read().strip() or 'it does not say who'}); "
                 "wait for it, stop it, or use --out DIR."
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield  # closing the file releases the lock; the kernel does the same when the process dies
+        before = file.read().strip()
+        _write_over(file, f"process {os.getpid()} on {socket.gethostname()}\n")
+        try:
+            yield before
+        finally:  # closing the file releases the lock; the kernel does the same when the process dies
+            with suppress(OSError):
+                _write_over(file, "")
+
+
+def _write_over(file: TextIO, text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses while the block writes into a run directory into a message.
+
+    Raises:
+        OutOfRoom: the disk is full, the folder cannot be written any more, or it is gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        own = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
+        if not own and error.errno not in DISK_ERRORS:
+            raise
+        what = f"{error.filename}: " if own else ""
+        gone = "" if folder.is_dir() else "; the folder is gone"
+        raise OutOfRoom(
+            f"{folder}: cannot go on writing here: {what}{error.strerror}{gone}. Nothing that was finished is lost by "
+            "it: mend the cause (free space, permissions, the folder) and run the same command again."
+        ) from error
 
 
 def clear(folder: Path) -> None:
@@ -263,7 +322,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def environment(device: str, processes: int) -> dict[str, Any]:
+def environment(device: str, processes: int, threads: int) -> dict[str, Any]:
     """Return what a run ran on: versions of Python and the packages, system, device. No names, paths or secrets."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
@@ -276,6 +335,7 @@ def environment(device: str, processes: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": device,
         "processes": processes,
+        "threads": threads,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": versions,
     }

@@ -26,6 +26,10 @@ class PromptBatch:
     prompt_mask: Tensor
     """[B, P] bool."""
 
+    def rows(self, index: list[int]) -> PromptBatch:
+        """Return some of the rows, padded as they are."""
+        return PromptBatch(self.prompt_ids[index], self.prompt_mask[index])
+
 
 @dataclass(frozen=True)
 class Completions:

@@ -6,20 +6,24 @@ stays as a spare, older ones are removed. Nothing is pickled.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
 
-from rlhf_kit import artifacts
+from rlhf_kit import artifacts, distributed
+from rlhf_kit.recipe import CheckpointEvery
 
+TENSORS, STATE = "tensors.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{6,})$")
 
 
@@ -32,26 +36,60 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep_all: bool) -> Path:
-    """Write a checkpoint under `folder`, then remove all but the last two unless all are kept; return its path."""
+def tensors_of(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what `put_back` needs, parameters and their optimizer state: "parameter/<name>", "exp_avg/<name>" ..."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter/{name}"] = parameter
+        tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def put_back(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put the tensors of a checkpoint into the parameters and their optimizer state."""
+    for key, tensor in checkpoint.tensors.items():
+        kind, _, name = key.partition("/")
+        parameter = parameters[name]
+        if kind == "parameter":
+            with torch.no_grad():
+                parameter.copy_(tensor)
+        else:
+            optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter)
+
+
+def due(every: CheckpointEvery, done: int, saved_at: float, accelerator: Accelerator) -> bool:
+    """Return whether a checkpoint is due after `done` steps, the last one saved at that `time.monotonic()`."""
+    by_count = every.updates is not None and done % every.updates == 0
+    late = every.minutes is not None and time.monotonic() - saved_at > 60 * every.minutes
+    return distributed.agree(late, accelerator) or by_count
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep_all: bool, logs: Sequence[Path] = ()) -> Path:
+    """Write a checkpoint under `folder`, then remove all but the last two unless all are kept; return its path.
+
+    logs: files of JSON lines up to this step; the disk has them before it has the checkpoint. Checkpoints of later
+    steps are damaged ones that were passed over, and go.
+    """
+    for path in logs:
+        if path.exists():
+            artifacts.sync(path)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    save_file(tensors, partial / "tensors.safetensors")
-    state = {"tensors_sha256": artifacts.sha256_of_file(partial / "tensors.safetensors"), **checkpoint.state}
-    (partial / "state.json").write_text(json.dumps(state))
-    for path in (partial / "tensors.safetensors", partial / "state.json", partial):
-        _sync(path)
+    artifacts.write_atomically(partial / TENSORS, to_bytes(tensors))
+    state = {**checkpoint.state, "step": checkpoint.step, "tensors": artifacts.sha256_of_file(partial / TENSORS)}
+    artifacts.write_json(partial / STATE, {**state, "sha256": artifacts.hash_of(state)})
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _sync(folder)
-    if not keep_all:
-        for _, older in _found(folder)[:-2]:
-            shutil.rmtree(older)
+    artifacts.sync(folder)
+    steps = dict(_found(folder))
+    older = [] if keep_all else sorted(step for step in steps if step < checkpoint.step)[:-1]
+    for step in [*older, *(step for step in steps if step > checkpoint.step)]:
+        shutil.rmtree(steps[step])
     return final
 
 
@@ -59,29 +97,16 @@ def latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint under `folder` that is whole; damaged ones are named and passed over."""
     for step, path in reversed(_found(folder)):
         try:
-            state = json.loads((path / "state.json").read_text())
-            if artifacts.sha256_of_file(path / "tensors.safetensors") == state.pop("tensors_sha256"):
-                return Checkpoint(step, load_file(path / "tensors.safetensors"), state)
-        except (OSError, ValueError, KeyError):
-            pass
+            state = artifacts.read_json(path / STATE)
+            whole = state.pop("sha256") == artifacts.hash_of(state) and state.pop("step") == step
+            if whole and state.pop("tensors") == artifacts.sha256_of_file(path / TENSORS):
+                return Checkpoint(step, load_file(path / TENSORS), state)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):
+            pass  # not there, or not what `save` wrote
         say(f"{path}: this checkpoint is damaged; trying the one before it")
     return None
-
-
-def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append lines, each with its "step", to a file of JSON lines."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(match[1]), path) for path in paths if (match := _NAME.match(path.name)))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,11 @@
-"""The three ways a run may end early on purpose; every other exception is a bug or a broken machine and travels."""
+"""The ways a run may end early with a message; every other exception is a bug and travels."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Diverged", "InputError", "Interrupted", "did_you_mean", "printable"]
+__all__ = ["Diverged", "InputError", "Interrupted", "OutOfRoom", "did_you_mean", "printable"]
 
 
 class InputError(Exception):
@@ -32,6 +32,10 @@ class Interrupted(Exception):
 
 class Diverged(ArithmeticError):
     """A loss, gradient or score is NaN or infinite, and going on would destroy the weights. Ends with exit code 1."""
+
+
+class OutOfRoom(Exception):
+    """The machine has no more memory, or takes no more files; what was finished is kept. Ends with exit code 1."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from accelerate.utils import set_seed
+from torch import Tensor, nn
 
 from rlhf_kit.batches import Completions, PromptBatch
 from rlhf_kit.maths.logprobs import sample_inverse_cdf
@@ -23,6 +24,15 @@ def derived_seed(*parts: object) -> int:
     """Return a 63-bit seed that depends on all the parts, for example (seed, stage, "rollout", update)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_generators(*parts: object) -> None:
+    """Seed Python's, NumPy's and torch's generators, of every device, from the parts.
+
+    Nothing of ours draws from them but dropout; a user's scoring function may. Done at the start of every step, it
+    makes a run that goes on from a checkpoint draw what it would have drawn.
+    """
+    set_seed(derived_seed(*parts) % 2**32)
 
 
 def uniforms(rows: Sequence[int], total: int, length: int, *seed_parts: object) -> Tensor:
@@ -81,3 +91,17 @@ def generate(
     longest = int(lengths.max())
     completion_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
     return Completions(ids[:, :longest], completion_mask, ended)
+
+
+def joined(pieces: Sequence[Completions], pad_id: int) -> Completions:
+    """Return the completions of several calls of `generate` as one, padded to the longest."""
+    if len(pieces) == 1:
+        return pieces[0]
+    longest = max(piece.completion_ids.shape[1] for piece in pieces)
+
+    def widened(name: str, filling: int) -> Tensor:
+        tensors = [getattr(piece, name) for piece in pieces]
+        return torch.cat([nn.functional.pad(t, (0, longest - t.shape[1]), value=filling) for t in tensors])
+
+    ended = torch.cat([piece.ended for piece in pieces])
+    return Completions(widened("completion_ids", pad_id), widened("completion_mask", False), ended)

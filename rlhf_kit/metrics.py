@@ -81,7 +81,7 @@ class MetricLog:
         again = self._last.get("step") == step
         if self._last and step < self._last["step"]:
             raise ValueError(f"{self.path}: step {step} after step {self._last['step']}; truncate_after comes first")
-        line = {"step": step, **(self._last if again else {}), **{k: _finite(v) for k, v in numbers.items()}}
+        line = {"step": step, **(self._last if again else {}), **{k: finite(v) for k, v in numbers.items()}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             if again:
@@ -118,7 +118,8 @@ def _json_line(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, allow_nan=False).encode() + b"\n"
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value as a JSON file has it: nothing in place of NaN and infinity."""
     return value if math.isfinite(value) else None
 
 

@@ -24,7 +24,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -267,7 +268,8 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})  # one key: several come in random order
+    content = to_bytes(weights, metadata={"format": "pt"})  # one key: several come in random order
+    artifacts.write_atomically(folder / ADAPTER_WEIGHTS, content)
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
     config.base_model_name_or_path = base.model
@@ -399,7 +401,7 @@ class SharedBase:
         save_adapter(self.peft, folder, self.base, role)
         if role in self.heads:
             tensors = {name: tensor.detach().cpu() for name, tensor in self.heads[role].state_dict().items()}
-            save_file(tensors, folder / "head.safetensors")
+            artifacts.write_atomically(folder / "head.safetensors", to_bytes(tensors))
 
     @contextmanager
     def using(self, role: str) -> Iterator[None]:

@@ -92,7 +92,7 @@ def run(
         say(f"note: {note}")
     check_imports(recipe, plan.examples)
     check_lengths(recipe, plan.examples, text_format)
-    with StopRequest() as stop, _held(folder, accelerator):
+    with StopRequest() as stop, _held(folder, accelerator), artifacts.writing(folder):
         pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
         if fresh:
             _on_main(accelerator, lambda: artifacts.remove_folder(folder / only) if only else artifacts.clear(folder))
@@ -327,7 +327,7 @@ class Pipeline:
             self.recipe.trackers,
             project=self.recipe.name,
             stage=name,
-            folder=folder / "trackers",
+            folder=folder / artifacts.TRACKERS,
             settings=settings.model_dump(),
         )
         try:
@@ -372,32 +372,48 @@ class Pipeline:
                 return made_from, True
             say(f"{name}: runs again, because of {_listed(changed)}; the old one is kept until then")
         elif (folder / artifacts.STARTED).is_file():
-            begun = artifacts.read_json(folder / artifacts.STARTED)["made_from"]
-            changed = artifacts.differences(begun, made_from)
+            begun = artifacts.read_json(folder / artifacts.STARTED)
+            changed = artifacts.differences(begun["made_from"], made_from)
             checkpoints = folder / artifacts.CHECKPOINTS
             if not changed and checkpoints.is_dir() and any(checkpoints.iterdir()):
                 say(f"{name}: was interrupted; going on from its checkpoint")
+                self._note_environment(folder, begun)
                 return made_from, False
             if changed:
                 say(f"{name}: was interrupted and starts anew, because of {_listed(changed)}")
         self._write_head()
         artifacts.set_aside(folder)
         folder.mkdir()
-        artifacts.write_json(folder / artifacts.STARTED, {"made_from": made_from, "seconds": 0.0})
+        started = {"made_from": made_from, "seconds": 0.0, "environments": [self._environment()]}
+        artifacts.write_json(folder / artifacts.STARTED, started)
         return made_from, False
+
+    def _environment(self) -> dict[str, Any]:
+        device = _device_name(self.accelerator.device)
+        return artifacts.environment(device, self.accelerator.num_processes, torch.get_num_threads())
+
+    def _note_environment(self, folder: Path, begun: dict[str, Any]) -> None:
+        """Say what is not as it was when the stage began, and add it to what the stage's manifest will tell."""
+        now = self._environment()
+        changed = artifacts.differences(artifacts.flat(begun["environments"][-1]), artifacts.flat(now))
+        if changed:
+            say(
+                f"{folder.name}: goes on elsewhere than it began ({_listed(changed)}): with the same steps, but no longer "
+                "bit for bit as if never stopped, since sums are taken in another order"
+            )
+            environments = [*begun["environments"], now]
+            artifacts.write_json(folder / artifacts.STARTED, {**begun, "environments": environments})
 
     def _write_head(self) -> None:
         """Write what is going to run, and on what."""
         artifacts.write_atomically(self.folder / artifacts.RECIPE, resolved_yaml(self.recipe))
-        device = _device_name(self.accelerator.device)
-        environment = artifacts.environment(device, self.accelerator.num_processes)
-        artifacts.write_json(self.folder / artifacts.ENVIRONMENT, environment)
+        artifacts.write_json(self.folder / artifacts.ENVIRONMENT, self._environment())
 
     def _finish(self, job: Job, outcome: Outcome, made_from: dict[str, Any], seconds: float, peak: int) -> None:
         """Write the manifest, and only then remove what served to get there."""
         settings = job.settings.model_dump()
         extra = dict(outcome.extra)
-        before = artifacts.read_json(job.folder / artifacts.STARTED)["seconds"]
+        begun = artifacts.read_json(job.folder / artifacts.STARTED)
         manifest = {
             "schema": artifacts.SCHEMA,
             "rlhf_kit": artifacts.__version__,
@@ -410,8 +426,9 @@ class Pipeline:
             "settings": settings,
             "settings_hash": artifacts.hash_of(settings),
             "seed": self.recipe.seed,
-            "metrics": outcome.metrics,
-            "cost": {"seconds": before + seconds, "peak_bytes": peak, "tokens": extra.pop("tokens", None)},
+            "metrics": {key: value and metrics.finite(value) for key, value in outcome.metrics.items()},
+            "environments": begun["environments"],
+            "cost": {"seconds": begun["seconds"] + seconds, "peak_bytes": peak, "tokens": extra.pop("tokens", None)},
             "made_from": made_from,
             **extra,
         }
@@ -536,7 +553,9 @@ def _add_seconds(folder: Path, seconds: float) -> None:
 def _held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the run directory in the main process; all processes fail where it cannot."""
     lock = artifacts.locked(folder)
-    _on_main(accelerator, lambda: lock.__enter__())
+    before = _on_main(accelerator, lambda: lock.__enter__())
+    if before:
+        say(f"{folder}: the run before this one ended without a word ({before})")
     try:
         yield
     finally:
@@ -545,15 +564,17 @@ def _held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def _on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Return what `function` returns in the main process, in every process; an InputError is raised in every one."""
+    """Return what `function` returns in the main process, in every process; wrong input and what the disk refuses are
+    raised in every one.
+    """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
-        except InputError as error:
-            outcome[1] = error.problems
+        except (InputError, OSError) as error:
+            outcome[1] = error
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise InputError(outcome[1])
+        raise outcome[1]
     return outcome[0]

@@ -100,17 +100,31 @@ class CheckpointEvery(Settings):
     """Whichever comes first; null leaves one out."""
 
     updates: Count | None = 20
+    """Of sft and reward stages, optimizer steps."""
     minutes: Positive | None = 10.0
 
 
-class _Training(Settings):
+class _Stage(Settings):
+    """What every kind of stage has."""
+
+    checkpoint_every: CheckpointEvery = CheckpointEvery()
+    keep_checkpoints: bool = False
+    """Keep all of them, also when the stage is finished."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss, gradient or score is NaN or infinite: the run ends, or it is not taken."""
+    max_skipped: Count = 10
+    """Steps of the stage that may be skipped; one more ends the run."""
+
+
+class _Training(_Stage):
     epochs: Positive = 1.0
     max_steps: Count | None = None
     """Optimizer steps; set, it takes the place of epochs."""
     batch_size: Count = 16
     """Sequences (reward: prompts, each with all its completions) per optimizer step, over all processes."""
     microbatch: Count = 8
-    """Sequences (reward: prompts, of the longest) per forward and backward pass of one process."""
+    """Sequences (reward: prompts, of the longest) per forward and backward pass of one process; halved when memory runs
+    out, which changes no step."""
     learning_rate: LearningRate = 2e-4
     schedule: Schedule = "cosine"
     warmup_fraction: Fraction = 0.03
@@ -169,7 +183,7 @@ class RewardStage(_Training):
     ensemble_k: NonNegative = 1.0
 
 
-class PPOStage(Settings):
+class PPOStage(_Stage):
     """PPO on the reward model's score, with a KL penalty towards the policy it starts from."""
 
     kind: Literal["ppo"]
@@ -228,8 +242,6 @@ class PPOStage(Settings):
     """Nats per completion that the closing table compares with."""
     samples_every: Count = 10
     """Updates."""
-    checkpoint_every: CheckpointEvery = CheckpointEvery()
-    keep_checkpoints: bool = False
 
 
 Stage = Annotated[SFTStage | RewardStage | PPOStage, Field(discriminator="kind")]
@@ -451,7 +463,7 @@ FROM_ELSEWHERE: Mapping[str, str] = {
 HOMES: Mapping[str, type[BaseModel]] = {
     **SECTIONS,
     **{f"stages.<{kind} stage>": settings for kind, settings in STAGE_KINDS.items()},
-    "stages.<ppo stage>.checkpoint_every": CheckpointEvery,
+    "stages.<stage>.checkpoint_every": CheckpointEvery,
 }
 
 NEEDED: Mapping[str, str] = {

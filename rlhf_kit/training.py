@@ -1,17 +1,17 @@
 """What SFT and reward training share: stock trainers, with our own order of rows, optimizer, guard and checkpoints.
 
 The rows of step k are the same in any number of processes and in any size of microbatch: row k * batch_size and those
-after it in an endless sequence of shuffled passes over the data. No step has a smaller batch. Dropout is seeded by the
-step, so a checkpoint needs no generator state, and the stock trainer's own checkpoints, which a crash can leave
-unusable, are not used at all. Trainable parameters are float32, whatever the base is in; the base's own dropout is off,
-as it is in PPO.
+after it in an endless sequence of shuffled passes over the data. No step has a smaller batch. Every random generator is
+seeded anew at every step, so a checkpoint needs no generator state, and the stock trainer's own checkpoints, which a
+crash can leave unusable, are not used at all. Trainable parameters are float32, whatever the base is in; the base's own
+dropout is off, as it is in PPO.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ from transformers import (
 
 from rlhf_kit import checkpoints, distributed
 from rlhf_kit.errors import Diverged, InputError, Interrupted
-from rlhf_kit.generation import derived_seed
+from rlhf_kit.generation import derived_seed, seed_generators
 from rlhf_kit.maths.schedules import learning_rate_factor
+from rlhf_kit.memory import Pieces
 from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
 from rlhf_kit.recipe import RewardStage, SFTStage
-
-MINUTES_BETWEEN_CHECKPOINTS = 10.0
 
 
 def without_dropout(base: nn.Module) -> None:
@@ -62,28 +61,18 @@ def row_order(rows: int, first: int, last: int, *seed: object) -> list[int]:
     return order[first - start : last - start]
 
 
-def microbatch_size(settings: SFTStage | RewardStage, name: str, processes: int) -> int:
-    """Return the rows that the trainer is handed at a time: the recipe's microbatch, or the process's whole share of a
-    batch if that is smaller, or the stage is a reward stage, which divides its share by tokens.
+def share_of_batch(settings: SFTStage | RewardStage, name: str, processes: int) -> int:
+    """Return the rows of a step that each process takes.
 
     Raises: InputError when they do not divide the batch.
     """
     share, left = divmod(settings.batch_size, processes)
-    if isinstance(settings, RewardStage):
-        if left or not share:
-            raise InputError(
-                f"stages.{name}.batch_size: {settings.batch_size} prompts do not divide among {processes} processes; "
-                f"use a multiple of {processes}."
-            )
-        return share
-    size = min(settings.microbatch, max(share, 1))
-    if left or share % size:
+    if left or not share:
         raise InputError(
-            f"stages.{name}.batch_size: {settings.batch_size} rows do not divide into microbatches of "
-            f"{settings.microbatch} on {processes} process{'es' if processes > 1 else ''}; use a multiple of "
-            f"{settings.microbatch * processes}, or a smaller microbatch."
+            f"stages.{name}.batch_size: {settings.batch_size} rows do not divide among {processes} processes; use a "
+            f"multiple of {processes}."
         )
-    return size
+    return share
 
 
 class Training:
@@ -101,16 +90,24 @@ class Training:
         accelerator: Accelerator,
         stop: Callable[[], bool],
         log: MetricLog,
+        pieces: Pieces,
     ) -> None:
-        """Find out where to start. `name` and `folder` are the stage's; `stop` tells whether the run was asked to."""
+        """Find out where to start.
+
+        name, folder: the stage's. stop: tells whether the run was asked to. pieces: how a step is divided.
+        """
         self.model, self.rows, self.settings = model, rows, settings
         self.name, self.seed, self.folder = name, (seed, name), folder
-        self.accelerator, self.stop, self.log = accelerator, stop, log
-        self.microbatch = microbatch_size(settings, name, accelerator.num_processes)
+        self.accelerator, self.stop, self.log, self.pieces = accelerator, stop, log, pieces
+        self.share = share_of_batch(settings, name, accelerator.num_processes)
         self.steps = optimizer_steps(len(rows), settings)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.carried: dict[str, Any] = {}
         """Figures that a checkpoint takes along."""
+        self.skipped = 0
+        """Steps that were not taken because something in them was not finite."""
+        self.taken = True
+        """Whether the step at work is one that is."""
         self._values = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._found = checkpoints.latest(folder / "checkpoints", say)
         self.first = self._found.step if self._found else 0
@@ -131,13 +128,14 @@ class Training:
 
     def arguments(self, kind: type[TrainingArguments], **more: Any) -> TrainingArguments:
         """Return the trainer's configuration for this training; what it would decide for itself is decided here."""
-        processes, device = self.accelerator.num_processes, self.accelerator.device
+        device = self.accelerator.device
         arguments = kind(
             output_dir=str(self.folder / "checkpoints"),
             save_strategy="no",
             max_steps=self.steps - self.first,
-            per_device_train_batch_size=self.microbatch,
-            gradient_accumulation_steps=self.settings.batch_size // (self.microbatch * processes),
+            per_device_train_batch_size=self.share,
+            gradient_accumulation_steps=1,  # `Watched` divides a step itself
+            remove_unused_columns=False,
             train_sampling_strategy="sequential",
             max_grad_norm=self.settings.max_grad_norm,
             seed=derived_seed(*self.seed) % 2**32,
@@ -181,84 +179,122 @@ class Training:
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout
         trainer.add_callback(_Reporter(self, figures))
-        trainer.watch = self.check_loss
+        trainer.training = self
         self.trainer = trainer
 
     def run(self) -> None:
-        """Train to the end.
+        """Train to the end, and leave a checkpoint there: what is measured afterwards can be measured again.
 
         Raises:
             Interrupted: the run was asked to stop; a checkpoint is saved.
-            Diverged: a loss or gradient is not finite.
+            Diverged: a loss or gradient is not finite, and the recipe says to stop then.
         """
         if self.first:
             say(f"{self.name}: going on after step {self.first} of {self.steps}")
-        self.model.train()
-        with progress(total=self.steps, desc=self.name) as self.bar:
-            self.bar.update(self.first)
-            self.saved_at = self.step_began = time.monotonic()
-            self.trainer.train()
-        self.model.eval()
-        done = self.first + self.trainer.state.global_step
-        if done < self.steps:
+        self.saved_at = self.step_began = time.monotonic()
+        done = self.first
+        if self.first < self.steps:
+            self.model.train()
+            with progress(total=self.steps, desc=self.name) as self.bar:
+                self.bar.update(self.first)
+                self.trainer.train()
+            done += self.trainer.state.global_step
             self.save(done)
+        self.model.eval()
+        if done < self.steps or distributed.agree(self.stop(), self.accelerator):
             raise Interrupted(f"{self.name}: stopped after step {done} of {self.steps}")
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` steps, from the main process; the others wait."""
         if self.accelerator.is_main_process:
-            tensors: dict[str, Tensor] = {}
-            for name, parameter in self.parameters.items():
-                moments = self.optimizer.state[parameter]
-                tensors[f"parameter/{name}"] = parameter
-                tensors |= {f"{moment}/{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
-            checkpoint = checkpoints.Checkpoint(done, tensors, {"carried": self.carried})
-            checkpoints.save(self.folder / "checkpoints", checkpoint, keep_all=False)
+            state = {"carried": self.carried, "skipped": self.skipped, "pieces": self.pieces.size}
+            checkpoints.save(
+                self.folder / "checkpoints",
+                checkpoints.Checkpoint(done, checkpoints.tensors_of(self.parameters, self.optimizer), state),
+                keep_all=self.settings.keep_checkpoints,
+                logs=[self.log.path],
+            )
         self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
 
     def _load(self, found: checkpoints.Checkpoint) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(found.tensors[f"parameter/{name}"])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(found.step)),
-                    "exp_avg": found.tensors[f"exp_avg/{name}"].to(parameter),
-                    "exp_avg_sq": found.tensors[f"exp_avg_sq/{name}"].to(parameter),
-                }
-        self.carried = found.state["carried"]
+        checkpoints.put_back(found, self.parameters, self.optimizer)
+        self.carried, self.skipped = found.state["carried"], found.state["skipped"]
+        self.pieces.size = min(self.pieces.size, found.state["pieces"])
 
-    def check_loss(self, step: int, loss: Tensor) -> None:
-        """Raise Diverged when the loss is not finite, naming the parameters that are not, if any."""
-        if torch.isfinite(loss).all():
-            return
-        broken = [name for name, p in self.parameters.items() if not torch.isfinite(p).all()]
-        cause = f"because of {_listed(broken)}" if broken else "with finite trainable parameters"
-        raise Diverged(
-            f"{self.name}: the loss of step {self.first + step} is {float(loss)} {cause}; try a smaller learning_rate"
-            ", or dtype: float32 or bfloat16 in place of float16"
-        )
+    def check(self, step: int, loss: Tensor) -> bool:
+        """Return whether a step's loss, and its gradients, which are those of all processes, are finite.
 
-    def check_gradients(self, step: int) -> None:
-        """Raise Diverged when a gradient is not finite, naming it."""
+        If they are not and the recipe says skip, the step is not taken, and counted.
+
+        Raises: Diverged naming what is not finite.
+        """
         # NaN and inf survive a sum; looking at each element of each gradient would cost more
         sums = torch.stack([p.grad.sum() for p in self.parameters.values() if p.grad is not None])
-        if not torch.isfinite(sums).all():
-            found = [n for n, p in self.parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            raise Diverged(
-                f"{self.name}: step {self.first + step}: the gradient of {_listed(found)} is not finite; try a smaller "
-                "learning_rate, or dtype: float32 or bfloat16 in place of float16"
-            )
+        finite = bool(torch.isfinite(sums).all()) and bool(torch.isfinite(loss))
+        self.taken = not distributed.agree(not finite, self.accelerator)
+        if self.taken:
+            return True
+        settings = self.settings
+        if settings.on_nonfinite == "skip" and self.skipped < settings.max_skipped:
+            self.skipped += 1
+            self.model.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
+            say(f"{self.name}: step {self.first + step} is not finite and is skipped, {self.skipped} so far")
+            return False
+        advice = "try a smaller learning_rate, or dtype: float32 or bfloat16 in place of float16"
+        if self.skipped:
+            advice = f"{self.skipped} steps were skipped before it, as max_skipped allows; {advice}"
+        if not torch.isfinite(loss):
+            broken = [name for name, p in self.parameters.items() if not torch.isfinite(p).all()]
+            cause = f"because of {_listed(broken)}" if broken else "with finite trainable parameters"
+            raise Diverged(f"{self.name}: the loss of step {self.first + step} is {float(loss)} {cause}; {advice}")
+        broken = [n for n, p in self.parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        which = f"the gradient of {_listed(broken)}" if broken else "the loss or a gradient in another process"
+        raise Diverged(f"{self.name}: step {self.first + step}: {which} is not finite; {advice}")
 
 
 class Watched(Trainer):
-    """What both trainers do on top of the stock ones: show every loss to a guard, and report to nobody."""
+    """What both trainers do on top of the stock ones: they are handed this process's share of a whole step and divide
+    it themselves, in smaller pieces when memory runs out; they show each step to a guard, and report to nobody.
+    """
 
-    watch: Callable[[int, Tensor], None]
+    training: Training
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.watch(self.state.global_step + 1, loss)
+    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Return how many tokens of these rows have a loss."""
+        raise NotImplementedError
+
+    def microbatches(self, rows: Sequence[Mapping[str, Any]], size: int) -> Iterable[Any]:
+        """Yield what `part` takes: the rows in pieces of at most `size`, on this process's device."""
+        raise NotImplementedError
+
+    def part(self, microbatch: Any, tokens: Tensor) -> Tensor:
+        """Return a microbatch's part of a step's loss; `tokens` is how many tokens of the whole step have a loss."""
+        raise NotImplementedError
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Make the gradients of a step, of all processes; return this one's part of the loss, times their number.
+
+        Losses are divided by the rows and tokens of the whole step, so that parts add up however it is divided.
+        """
+        self.model.train()  # and not `model`, which may be wrapped to average gradients over processes
+        rows = inputs["rows"]
+        count = torch.tensor(self.tokens(rows), device=self.accelerator.device)
+        tokens = distributed.total(count, self.accelerator)
+        loss = self.training.pieces.whole(lambda size: self._gradients(rows, size, tokens))
+        distributed.add_up_gradients(self.training.parameters.values(), self.accelerator)
+        taken = self.training.check(self.state.global_step + 1, loss)
+        return loss * self.accelerator.num_processes if taken else torch.zeros_like(loss)  # NaN stays in a running sum
+
+    def _gradients(self, rows: Sequence[Mapping[str, Any]], size: int, tokens: Tensor) -> Tensor:
+        self.model.zero_grad(set_to_none=True)  # what pieces that ran out of memory left
+        loss = torch.zeros((), device=self.accelerator.device)
+        for microbatch in self.microbatches(rows, size):
+            part = self.part(microbatch, tokens)
+            part.backward()
+            loss += part.detach()
         return loss
 
     def _send_telemetry(self) -> None:
@@ -277,13 +313,7 @@ class _Reporter(TrainerCallback):
     ) -> None:
         training = self.training
         training.step_began = time.monotonic()
-        step = training.first + state.global_step
-        torch.manual_seed(derived_seed(*training.seed, "dropout", step, training.accelerator.process_index))
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.training.check_gradients(state.global_step + 1)
+        seed_generators(*training.seed, training.first + state.global_step, training.accelerator.process_index)
 
     def on_log(
         self,
@@ -300,11 +330,12 @@ class _Reporter(TrainerCallback):
         training.log.log(
             done,
             {
-                f"{settings.kind}/loss": logs["loss"],
+                f"{settings.kind}/loss": logs["loss"] if training.taken else math.nan,
                 **self.figures(),
                 f"{settings.kind}/gradient_norm": float(logs["grad_norm"]),
                 f"{settings.kind}/learning_rate": logs["learning_rate"],
                 f"{settings.kind}/epoch": done * settings.batch_size / len(training.rows),
+                **({f"{settings.kind}/skipped_steps": training.skipped} if training.skipped else {}),
                 "time/step_s": time.monotonic() - training.step_began,
                 "memory/peak_bytes": peak_bytes(),
             },
@@ -315,8 +346,7 @@ class _Reporter(TrainerCallback):
         if distributed.agree(training.stop(), training.accelerator):
             control.should_training_stop = True
             return
-        minutes = (time.monotonic() - training.saved_at) / 60
-        if distributed.agree(minutes > MINUTES_BETWEEN_CHECKPOINTS, training.accelerator):
+        if checkpoints.due(settings.checkpoint_every, done, training.saved_at, training.accelerator):
             training.save(done)
 
 

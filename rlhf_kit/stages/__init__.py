@@ -1,7 +1,7 @@
 """What a stage gets and gives back. Each stage is a module with one function, `run(job) -> Outcome`.
 
 A stage looks into `job.folder / "checkpoints"` and goes on from there. Only the main process writes. When
-`job.stop.requested` is set in any process, the stage saves a checkpoint if it can and raises `Interrupted`. It does not
+`job.stop.requested` is set in any process, the stage saves a checkpoint and raises `Interrupted`. It does not
 write `manifest.json`: the pipeline does, last, from the Outcome.
 """
 
@@ -45,6 +45,8 @@ class StopRequest:
     @contextmanager
     def nothing_to_lose(self) -> Iterator[None]:
         """While it lasts, a signal raises `Interrupted` where it comes: there is no checkpoint to wait for."""
+        if self.requested:
+            raise Interrupted("stopped")
         self._at_once = True
         try:
             yield

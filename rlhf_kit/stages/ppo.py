@@ -15,20 +15,22 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_kit import artifacts, checkpoints, distributed
-from rlhf_kit.batches import Rollout, Targets
+from rlhf_kit.batches import Completions, Rollout, Targets
 from rlhf_kit.collate import left_pad, tokenise_prompts
 from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.examples import prompts_of
-from rlhf_kit.generation import derived_seed, generate, uniforms
+from rlhf_kit.generation import derived_seed, generate, joined, seed_generators, uniforms
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
 from rlhf_kit.maths.schedules import learning_rate_factor
-from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
+from rlhf_kit.memory import Pieces
+from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.models import SharedBase, context_length, load_base
 from rlhf_kit.recipe import PPOStage, RewardStage
 from rlhf_kit.rollout import (
@@ -56,10 +58,17 @@ def run(job: Job) -> Outcome:
     trainer = PPO(job)
     invariants = trainer.check_invariants()
     first = trainer.resume()
-    log = MetricLog(job.folder / "metrics.jsonl", enabled=job.accelerator.is_main_process, accelerator=job.accelerator)
+    log = trainer.log
     log.truncate_after(first)
     for update in progress(range(first, trainer.settings.updates), desc=job.name):
-        rollout, written = trainer.roll_out(update)
+        seed_generators(*trainer.seed, update, job.accelerator.process_index)
+        try:
+            rollout, written = trainer.roll_out(update)
+        except Diverged as error:
+            log.log(update + 1, trainer.skip(error))
+            trainer.checkpoint_if_due(update + 1)
+            continue
+        trainer.stop_if_asked(update)  # nothing is learnt yet: only the rollout is made again
         targets = trainer.targets(rollout)
         learned = trainer.learn(update, rollout, targets)
         trainer.metrics = trainer.summarise(rollout, targets, learned)
@@ -103,11 +112,17 @@ class PPO:
         self.format = job.text_format
         self.seed = (job.recipe.seed, job.name)
         self.rows = distributed.share(self.settings.batch_size, self.accelerator)  # of each global batch
+        self.log = MetricLog(
+            job.folder / "metrics.jsonl", enabled=self.accelerator.is_main_process, accelerator=self.accelerator
+        )
+        self.pieces = Pieces(f"stages.{job.name}.microbatch", self.settings.microbatch, "completions")
+        self.at_once = Pieces(f"stages.{job.name}.batch_size", len(self.rows), "completions generated at a time")
+        self.skipped = 0
         self.metrics: dict[str, float] = {}
         self.ensemble_std: list[Tensor] = []  # sums over the completions of each microbatch
         self.tokens = 0
         self.rollout_seconds = self.scoring_seconds = 0.0
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), 0
         self._load_prompts()
         self._load_roles()
         self._make_optimizer()
@@ -155,8 +170,6 @@ class PPO:
                 self.mean, self.std = unit["mean"], unit["std"]
         else:
             self.scorer = external_scorer(settings.reward, shared.device)
-            if settings.normalize_score:
-                self.mean, self.std = self._unit_of_reference()
 
         trained_reward = isinstance(reward_stage, RewardStage)
         if settings.value == "adapter":
@@ -242,21 +255,31 @@ class PPO:
         """Return the update to go on with: 0, or where the newest whole checkpoint left off."""
         found = checkpoints.latest(self.job.folder / "checkpoints", say)
         if self.accelerator.is_main_process:
-            artifacts.truncate_jsonl(self.job.folder / "samples.jsonl", found.step if found else 0)
+            artifacts.truncate_jsonl(self.samples, found.step if found else 0)
         if found is None:
+            if self.settings.normalize_score and self.job.recipe.reward_source(self.job.name) != "stage":
+                self.mean, self.std = self._unit_of_reference()
             return 0
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(found.tensors[f"parameter/{name}"])
-                self.optimizer.state[parameter] = {
-                    "step": found.tensors[f"step/{name}"],
-                    "exp_avg": found.tensors[f"exp_avg/{name}"].to(parameter),
-                    "exp_avg_sq": found.tensors[f"exp_avg_sq/{name}"].to(parameter),
-                }
+        checkpoints.put_back(found, self.parameters, self.optimizer)
         self.kl_control.load(found.state["kl_control"])
-        self.metrics, self.tokens = found.state["metrics"], found.state["tokens"]
+        self.mean, self.std = found.state["score_unit"]
+        self.metrics, self.tokens, self.skipped = (found.state[name] for name in ("metrics", "tokens", "skipped"))
+        self.pieces.size, self.at_once.size = (
+            min(*sizes) for sizes in zip(found.state["pieces"], (self.pieces.size, self.at_once.size), strict=True)
+        )
         say(f"{self.job.name}: going on after update {found.step}")
+        self.saved_step = found.step
         return found.step
+
+    def stop_if_asked(self, done: int) -> None:
+        """If the run was asked to stop, save a checkpoint after `done` updates.
+
+        Raises:
+            Interrupted: it was.
+        """
+        if distributed.agree(self.job.stop.requested, self.accelerator):
+            self.checkpoint(done)
+            raise Interrupted(f"{self.job.name}: stopped after update {done} of {self.settings.updates}")
 
     def checkpoint_if_due(self, done: int) -> None:
         """Save a checkpoint after `done` updates if one is due.
@@ -264,30 +287,36 @@ class PPO:
         Raises:
             Interrupted: the run was asked to stop; the checkpoint is saved.
         """
-        every = self.settings.checkpoint_every
-        stop = distributed.agree(self.job.stop.requested, self.accelerator)
-        late = every.minutes is not None and time.monotonic() - self.saved_at > 60 * every.minutes
-        by_time = distributed.agree(late, self.accelerator)
-        by_count = every.updates is not None and done % every.updates == 0
-        if not (stop or by_time or by_count):
+        self.stop_if_asked(done)
+        if checkpoints.due(self.settings.checkpoint_every, done, self.saved_at, self.accelerator):
+            self.checkpoint(done)
+
+    def checkpoint(self, done: int) -> None:
+        """Save a checkpoint after `done` updates, unless there is one; from the main process, and the others wait."""
+        if done == self.saved_step:
             return
         if self.accelerator.is_main_process:
-            tensors: dict[str, Tensor] = {}
-            for name, parameter in self.parameters.items():
-                moments = self.optimizer.state[parameter]
-                tensors[f"parameter/{name}"] = parameter
-                tensors |= {f"{moment}/{name}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
             state = {
                 "kl_control": self.kl_control.state(),
-                "metrics": self.metrics,
+                "score_unit": [self.mean, self.std],
+                "metrics": {name: finite(value) for name, value in self.metrics.items()},
                 "tokens": self.tokens,
+                "skipped": self.skipped,
+                "pieces": [self.pieces.size, self.at_once.size],
             }
-            checkpoint = checkpoints.Checkpoint(done, tensors, state)
-            checkpoints.save(self.job.folder / "checkpoints", checkpoint, keep_all=self.settings.keep_checkpoints)
-        self.saved_at = time.monotonic()
+            checkpoints.save(
+                self.job.folder / artifacts.CHECKPOINTS,
+                checkpoints.Checkpoint(done, checkpoints.tensors_of(self.parameters, self.optimizer), state),
+                keep_all=self.settings.keep_checkpoints,
+                logs=[self.log.path, self.samples],
+            )
+        self.saved_at, self.saved_step = time.monotonic(), done
         self.accelerator.wait_for_everyone()
-        if stop:
-            raise Interrupted(f"{self.job.name}: stopped after update {done} of {self.settings.updates}")
+
+    @property
+    def samples(self) -> Path:
+        """Where completions are kept for a reader."""
+        return self.job.folder / "samples.jsonl"
 
     def save(self) -> None:
         """Write the tuned policy and the value function."""
@@ -315,15 +344,23 @@ class PPO:
         rows, total = (self.rows, self.settings.batch_size) if world else (range(len(prompts)), len(prompts))
         uniform = uniforms(rows, total, self.settings.max_new_tokens, *self.seed, *purpose)
         batch = left_pad([self.prompt_ids[prompt] for prompt in prompts], self.format.pad_id)
-        completions = generate(
-            self.shared,
-            role,
-            batch,
-            uniform,
-            end_id=self.format.end_id,
-            pad_id=self.format.pad_id,
-            temperature=self.settings.temperature,
-        )
+
+        def completed(size: int) -> Completions:
+            pieces = [
+                generate(
+                    self.shared,
+                    role,
+                    batch.rows(piece),
+                    uniform[piece],
+                    end_id=self.format.end_id,
+                    pad_id=self.format.pad_id,
+                    temperature=self.settings.temperature,
+                )
+                for piece in microbatches(range(len(prompts)), size)
+            ]
+            return joined(pieces, self.format.pad_id)
+
+        completions = self.at_once.whole(completed)
         rollout = unscored(batch, completions)
         texts = [
             self.format.completion_text(self.prompt_ids[prompt], ids[mask].tolist())
@@ -332,24 +369,29 @@ class PPO:
         return rollout, Written([self.prompts[prompt] for prompt in prompts], texts, rollout.ids, rollout.mask)
 
     def _raw_scores(self, written: Written) -> Tensor:
+        return self.pieces.whole(lambda size: self._scored_in_pieces(written, size))
+
+    def _scored_in_pieces(self, written: Written, size: int) -> Tensor:
         scores = torch.zeros(len(written.texts), device=self.shared.device)
         self.ensemble_std = []
-        for piece in of_like_length(written.mask, range(len(scores)), self.settings.microbatch):
+        for piece in of_like_length(written.mask, range(len(scores)), size):
             scores[piece] = self.scorer(written.rows(piece))
             if isinstance(self.scorer, AdapterScorer) and len(self.scorer.roles) > 1:
                 self.ensemble_std.append(self.scorer.last_std.sum())
         return scores
 
     def _scored_by_models(self, rollout: Rollout) -> dict[str, Tensor]:
-        return scored_by_models(
-            self.shared,
-            rollout,
-            policy=POLICY,
-            reference=REFERENCE,
-            value=self.value,
-            temperature=self.settings.temperature,
-            microbatch=self.settings.microbatch,
-            passes=lambda pieces: progress(pieces, desc="  scoring, microbatches"),
+        return self.pieces.whole(
+            lambda size: scored_by_models(
+                self.shared,
+                rollout,
+                policy=POLICY,
+                reference=REFERENCE,
+                value=self.value,
+                temperature=self.settings.temperature,
+                microbatch=size,
+                passes=lambda pieces: progress(pieces, desc="  scoring, microbatches"),
+            )
         )
 
     @torch.no_grad()
@@ -415,16 +457,12 @@ class PPO:
             for number, minibatch in enumerate(microbatches(order, size // settings.minibatches)):
                 tokens = sum(lengths[row] for row in minibatch)
                 mine = [row - self.rows.start for row in minibatch if row in self.rows]
-                for piece in of_like_length(rollout.completion_mask, mine, settings.microbatch):
-                    index = torch.tensor(piece, device=self.shared.device)
-                    policy_figures, value_figures, ratio_error = self._learn_from(
-                        rollout.rows(index), index, targets, tokens, with_value
-                    )
-                    policy_sums += policy_figures
-                    value_sums += value_figures
-                    bar.update(len(piece))
-                    if epoch == number == 0:
-                        first_ratio_error = max(first_ratio_error, ratio_error)
+                policy_figures, value_figures, ratio_error = self._gradients(rollout, mine, targets, tokens, with_value)
+                policy_sums += policy_figures
+                value_sums += value_figures
+                bar.update(len(mine))
+                if epoch == number == 0:
+                    first_ratio_error = ratio_error
                 gradient_norms.append(self._step(update, with_value))
         bar.close()
         policy_means = distributed.total(policy_sums, self.accelerator) / (settings.epochs * settings.minibatches)
@@ -442,6 +480,27 @@ class PPO:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             seconds=time.monotonic() - started,
         )
+
+    def _gradients(
+        self, rollout: Rollout, rows: list[int], targets: Targets, tokens: int, with_value: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """Make the gradients of this process's rows of a minibatch; return what `_learn_from` does, of all of them."""
+
+        def in_pieces(size: int) -> tuple[Tensor, Tensor, float]:
+            self.optimizer.zero_grad(set_to_none=True)  # what pieces that ran out of memory left
+            policy_sums, value_sums = (torch.zeros(n, dtype=torch.float64, device=self.shared.device) for n in (3, 2))
+            largest = 0.0
+            for piece in of_like_length(rollout.completion_mask, rows, size):
+                index = torch.tensor(piece, device=self.shared.device)
+                policy_figures, value_figures, ratio_error = self._learn_from(
+                    rollout.rows(index), index, targets, tokens, with_value
+                )
+                policy_sums += policy_figures
+                value_sums += value_figures
+                largest = max(largest, ratio_error)
+            return policy_sums, value_sums, largest
+
+        return self.pieces.whole(in_pieces)
 
     def _learn_from(
         self, rollout: Rollout, index: Tensor, targets: Targets, tokens: int, with_value: bool
@@ -473,7 +532,10 @@ class PPO:
         return policy_figures, masked_means(mask, tokens, losses, clipped), ratio_error
 
     def _step(self, update: int, with_value: bool) -> float:
-        """Take one optimizer step with the gradients of all processes; return their norm before clipping."""
+        """Take one optimizer step with the gradients of all processes; return their norm before clipping.
+
+        A step with a gradient that is not finite is not taken if the recipe says so; its norm counts as 0.
+        """
         parameters = [
             parameter for name, parameter in self.parameters.items() if with_value or not name.startswith(f"{VALUE}/")
         ]
@@ -481,7 +543,10 @@ class PPO:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():
             broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-            self._require_finite(f"the gradient of {', '.join(broken[:3]) or 'all parameters together'}", norm, update)
+            what = f"the gradient of {', '.join(broken[:3]) or 'all parameters together'}"
+            self.skip(self._diverged(what, update))
+            self.optimizer.zero_grad(set_to_none=True)
+            return 0.0
         torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -492,12 +557,26 @@ class PPO:
     def _require_finite(self, name: str, tensor: Tensor, update: int) -> None:
         """Stop before the update does harm; the last checkpoint stays as it is."""
         if distributed.agree(not bool(tensor.isfinite().all()), self.accelerator):
-            folder = self.job.folder / artifacts.CHECKPOINTS
-            kept = f" The last good state is kept in {folder}." if folder.is_dir() else ""
-            raise Diverged(
-                f"{self.job.name}: update {update + 1}: {name} is NaN or infinite.{kept} A lower learning_rate, a "
-                "higher kl_coef or base.dtype: float32 usually helps."
-            )
+            raise self._diverged(name, update)
+
+    def _diverged(self, name: str, update: int) -> Diverged:
+        folder = self.job.folder / artifacts.CHECKPOINTS
+        kept = f" The last good state is kept in {folder}." if folder.is_dir() else ""
+        return Diverged(
+            f"{self.job.name}: update {update + 1}: {name} is NaN or infinite.{kept} A lower learning_rate, a "
+            "higher kl_coef or base.dtype: float32 usually helps."
+        )
+
+    def skip(self, error: Diverged) -> dict[str, float]:
+        """Count a step that is not taken because of `error`, and return that as metrics; or raise it.
+
+        Raises: `error`, if the recipe says stop or so many steps have been skipped as it allows.
+        """
+        if self.settings.on_nonfinite == "stop" or self.skipped == self.settings.max_skipped:
+            raise error
+        self.skipped += 1
+        say(f"{error} It is skipped, {self.skipped} so far.")
+        return {"ppo/skipped_steps": self.skipped}
 
     def summarise(self, rollout: Rollout, targets: Targets, learned: Learned) -> dict[str, float]:
         """Return the update's metrics, each a mean over the completions or tokens of all processes."""
@@ -540,6 +619,7 @@ class PPO:
             "value/clip_fraction": learned.value_clip_fraction,
             "rollout/ended_fraction": ended,
             "rollout/length": length,
+            **({"ppo/skipped_steps": self.skipped} if self.skipped else {}),
             "time/rollout_s": self.rollout_seconds,
             "time/scoring_s": self.scoring_seconds,
             "time/update_s": learned.seconds,
@@ -565,7 +645,7 @@ class PPO:
             }
             for row in range(min(SAMPLES, len(written.texts)))
         ]
-        checkpoints.append_lines(self.job.folder / "samples.jsonl", samples)
+        artifacts.append_lines(self.samples, samples)
 
 
 def masked_means(mask: Tensor, tokens: int, *figures: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ to compare with.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from transformers import TrainingArguments
 from rlhf_kit import distributed
 from rlhf_kit.batches import Comparisons
 from rlhf_kit.collate import (
+    Tokenised,
     compare,
     compared,
     forward_passes,
@@ -51,6 +52,7 @@ from rlhf_kit.maths import preference
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.maths.logprobs import Head, token_logprobs
 from rlhf_kit.maths.statistics import clustered_wilson_interval
+from rlhf_kit.memory import Pieces
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import (
     add_adapter,
@@ -92,14 +94,33 @@ def run(job: Job) -> Outcome:
     if examples.heldout:
         heldout = tokenise_comparisons(examples.heldout, job.text_format, limit, settings.truncate)
     reference = reference_rows(job, limit)
-    budget = token_budget(job.name, settings, groups.rows)
+    least = max(map(tokens_of_group, groups.rows))
+    budget = token_budget(job.name, settings, least)
+    pieces = Pieces(f"stages.{job.name}.microbatch", budget, "tokens", least=least)
     probe = [ids for group in (heldout or groups).rows[:PROBE] for ids in group["completions"]][:PROBE]
 
     trained = []
     for member in range(settings.ensemble):
-        trained.append(train_member(job, member, groups.rows, budget, probe))
+        trained.append(train_member(job, member, groups.rows, pieces, probe))
         gc.collect()  # a trainer refers to itself; two bases need not fit into memory
-    ensemble = Ensemble(job, budget)
+    with job.stop.nothing_to_lose():  # what is measured here is measured again
+        return measured(job, groups, heldout, reference, trained, probe, pieces)
+
+
+def measured(
+    job: Job,
+    groups: Tokenised,
+    heldout: Tokenised | None,
+    reference: Mapping[str, Any],
+    trained: Sequence[tuple[list[float], int]],
+    probe: Sequence[Sequence[int]],
+    pieces: Pieces,
+) -> Outcome:
+    """Return what others rely on, of the members as read back; `trained` is what `train_member` returned of each."""
+    settings = job.settings
+    assert isinstance(settings, RewardStage)
+    examples = job.examples[settings.data]
+    ensemble = Ensemble(job, pieces)
     ensemble.check(probe, [scores for scores, _ in trained])
 
     steps = optimizer_steps(len(groups.rows), settings)
@@ -147,7 +168,7 @@ def member_folder(job: Job, member: int) -> Path:
 
 
 def train_member(
-    job: Job, member: int, groups: Sequence[Mapping[str, Any]], budget: int, probe: Sequence[Sequence[int]]
+    job: Job, member: int, groups: Sequence[Mapping[str, Any]], pieces: Pieces, probe: Sequence[Sequence[int]]
 ) -> tuple[list[float], int]:
     """Train one member and write its adapter; return its raw scores of the probe, and the tokens that it saw.
 
@@ -169,19 +190,17 @@ def train_member(
         accelerator=accelerator,
         stop=lambda: job.stop.requested,
         log=metric_log(job, folder),
+        pieces=pieces,
     )
     trainer = Trainer(
         model=model,
-        args=training.arguments(TrainingArguments, remove_unused_columns=False),
-        data_collator=collator(job.text_format.pad_id, budget),
+        args=training.arguments(TrainingArguments),
+        data_collator=lambda rows: {"rows": rows},
         train_dataset=training.dataset(),
     )
-    trainer.settings, trainer.head = settings, head
+    trainer.settings, trainer.head, trainer.pad_id = settings, head, job.text_format.pad_id
     training.attach(trainer, trainer.figures)
-    if training.first < training.steps:
-        training.run()
-        if settings.ensemble > 1:
-            training.save(training.steps)
+    training.run()
     scores = [score_alone(model, ids) for ids in probe]
     if accelerator.is_main_process:
         save_adapter(model, folder / "adapter", job.recipe.base)
@@ -210,12 +229,13 @@ def new_reward_model(job: Job, name: str) -> tuple[PeftModel, Head | None]:
     return model, head
 
 
-def token_budget(name: str, settings: RewardStage, groups: Sequence[Mapping[str, Any]]) -> int:
+def token_budget(name: str, settings: RewardStage, most: int) -> int:
     """Return the tokens of a microbatch: as the recipe says, else `microbatch` times those of the longest prompt.
+
+    most: those of the longest prompt, all its completions together.
 
     Raises: InputError when a prompt's completions do not fit, for they are learnt from together.
     """
-    most = max(map(tokens_of_group, groups))
     if settings.microbatch_tokens is not None and settings.microbatch_tokens < most:
         raise InputError(
             f"stages.{name}.microbatch_tokens: {settings.microbatch_tokens} tokens, but one prompt's completions have "
@@ -226,9 +246,10 @@ def token_budget(name: str, settings: RewardStage, groups: Sequence[Mapping[str,
 
 
 class Trainer(Watched):
-    """transformers' trainer, which is handed this process's share of a whole step and divides it into microbatches."""
+    """transformers' trainer, with our loss; no prompt's completions are divided."""
 
     settings: RewardStage
+    pad_id: int
     head: Head | None
     """The base's output head, if a language modelling loss is asked for."""
 
@@ -237,26 +258,12 @@ class Trainer(Watched):
         self.seen: list[Tensor] = []
         """[right, score difference, untied pairs, language modelling loss] summed over each microbatch of the step."""
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Make the gradients of a step, of all processes; return this one's part of the loss, times their number.
+    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        return sum(len(row["completions"][row["best"]]) - row["prompt_tokens"] for row in rows)
 
-        Losses are divided by the prompts and tokens of the whole step, so that parts add up however it is divided.
-        """
-        self.model.train()  # and not `model`, which may be wrapped to average gradients over processes
-        microbatches: list[Comparisons] = inputs["microbatches"]
-        learnt = torch.stack([mask.sum() for microbatch in microbatches for mask in microbatch.learnt]).sum()
-        tokens = distributed.total(learnt, self.accelerator)
-        parts = []
-        for microbatch in microbatches:
-            part = self.part(microbatch, tokens)
-            part.backward()
-            parts.append(part.detach())
-        distributed.add_up_gradients((p for p in self.model.parameters() if p.requires_grad), self.accelerator)
-        loss = torch.stack(parts).sum() * self.accelerator.num_processes
-        self.watch(self.state.global_step + 1, loss)
-        return loss
+    def microbatches(self, rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[Comparisons]:
+        for index in within_budget([tokens_of_group(row) for row in rows], size):
+            yield compare([rows[row] for row in index], self.pad_id).to(self.model.device)
 
     def part(self, microbatch: Comparisons, tokens: Tensor) -> Tensor:
         """Return a microbatch's part of a step's loss; `tokens` is how many the step's language modelling loss has."""
@@ -287,6 +294,10 @@ class Trainer(Watched):
         self.seen.append(torch.stack(figures))
         return loss
 
+    def _gradients(self, rows: Sequence[Mapping[str, Any]], size: int, tokens: Tensor) -> Tensor:
+        self.seen.clear()  # of pieces that ran out of memory
+        return super()._gradients(rows, size, tokens)
+
     def figures(self) -> dict[str, float]:
         """Return accuracy and mean score difference over the untied pairs of the step, in all processes; and the
         language modelling loss, if any.
@@ -295,16 +306,6 @@ class Trainer(Watched):
         self.seen.clear()
         figures = {"reward/accuracy": right / pairs, "reward/margin": margin / pairs} if pairs else {}
         return figures | ({} if self.head is None else {"reward/lm_loss": modelling})
-
-
-def collator(pad_id: int, budget: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, list[Comparisons]]]:
-    """Return what makes a process's share of a step: microbatches of at most `budget` tokens, no prompt divided."""
-
-    def collate(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[Comparisons]]:
-        pieces = within_budget([tokens_of_group(group) for group in groups], budget)
-        return {"microbatches": [compare([groups[index] for index in piece], pad_id) for piece in pieces]}
-
-    return collate
 
 
 # ---------------------------------------------------------------- what others rely on
@@ -320,10 +321,10 @@ def score_alone(model: nn.Module, ids: Sequence[int]) -> float:
 class Ensemble:
     """The members as read back from their folders, and one score from all of them; of one member its raw score."""
 
-    def __init__(self, job: Job, budget: int) -> None:
+    def __init__(self, job: Job, pieces: Pieces) -> None:
         settings = job.settings
         assert isinstance(settings, RewardStage)
-        self.job, self.settings, self.budget = job, settings, budget
+        self.job, self.settings, self.pieces = job, settings, pieces
         self.folders = [member_folder(job, member) / "adapter" for member in range(settings.ensemble)]
         fresh = classifier(load_base(job.recipe.base, job.text_format, job.accelerator))
         self.model = open_adapter(fresh, self.folders[0])
@@ -399,16 +400,22 @@ class Ensemble:
     def _raw(self, rows: Sequence[Sequence[int]], what: str) -> Tensor:
         """Return the members' raw scores [n, N], float64 on the CPU; each row is read by some process."""
         job, accelerator = self.job, self.job.accelerator
-        passes = forward_passes([len(row) for row in rows], self.budget)
-        mine = range(accelerator.process_index, len(passes), accelerator.num_processes)
-        scores = torch.zeros(len(self.folders), len(rows), dtype=torch.float64)
-        with evaluating(self.model):
+        mine = distributed.share(len(rows), accelerator)
+
+        def scored(budget: int) -> Tensor:
+            scores = torch.zeros(len(self.folders), len(rows), dtype=torch.float64)
+            passes = forward_passes([len(rows[row]) for row in mine], budget)
             for member in range(len(self.folders)):
                 self._activate(member)
-                for index in progress(mine, desc=f"{job.name}: scoring {what}"):
-                    ids, mask = right_pad([rows[row] for row in passes[index]], job.text_format.pad_id)
-                    scored = sequence_scores(self.model, ids.to(self.model.device), mask.long().to(self.model.device))
-                    scores[member, passes[index]] = scored.double().cpu()
+                for index in progress(passes, desc=f"{job.name}: scoring {what}"):
+                    picked = [mine[number] for number in index]
+                    ids, mask = right_pad([rows[row] for row in picked], job.text_format.pad_id)
+                    found = sequence_scores(self.model, ids.to(self.model.device), mask.long().to(self.model.device))
+                    scores[member, picked] = found.double().cpu()
+            return scores
+
+        with evaluating(self.model):
+            scores = self.pieces.whole(scored)
         return distributed.total(scores.to(accelerator.device), accelerator).cpu()
 
     def _combined(self, raw: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ optimizer and checkpoints are ours (training.py), and so is the folder that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf_kit import distributed
 from rlhf_kit.collate import IGNORED, right_pad, tokenise_demonstrations
 from rlhf_kit.generation import derived_seed
+from rlhf_kit.memory import Pieces
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.recipe import SFTStage
@@ -60,22 +61,23 @@ def run(job: Job) -> Outcome:
         accelerator=job.accelerator,
         stop=lambda: job.stop.requested,
         log=log,
+        pieces=Pieces(f"stages.{job.name}.microbatch", settings.microbatch, "rows"),
     )
-    collate = collator(job.text_format.pad_id)
     trainer = Trainer(
         model=model,
         args=training.arguments(SFTConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        data_collator=collate,
+        data_collator=lambda rows: {"rows": rows},
         train_dataset=training.dataset(),
         processing_class=job.text_format.tokenizer,
     )
+    trainer.pad_id = job.text_format.pad_id
     training.attach(trainer)
 
     def loss_on_heldout() -> float:
         assert heldout is not None
         generator = torch.Generator().manual_seed(derived_seed(job.recipe.seed, job.name, "heldout"))
         picked = torch.randperm(len(heldout.rows), generator=generator)[:HELDOUT].tolist()
-        return heldout_loss(job, model, [heldout.rows[row] for row in picked], collate)
+        return heldout_loss(job, model, [heldout.rows[row] for row in picked], training.pieces)
 
     if heldout and not training.first:
         training.carried["sft/heldout_loss_before"] = loss_on_heldout()
@@ -83,7 +85,8 @@ def run(job: Job) -> Outcome:
     training.run()
     metrics = dict(training.carried)
     if heldout:
-        metrics["sft/heldout_loss"] = loss_on_heldout()
+        with job.stop.nothing_to_lose():
+            metrics["sft/heldout_loss"] = loss_on_heldout()
         log.log(training.steps, {"sft/heldout_loss": metrics["sft/heldout_loss"]})
     if job.accelerator.is_main_process:
         save_adapter(model, job.folder / "adapter", base)
@@ -104,35 +107,42 @@ def run(job: Job) -> Outcome:
 
 
 class Trainer(Watched, SFTTrainer):
-    """trl's, watched."""
+    """trl's, with its way to log-probabilities that never holds all logits [B, T, V]."""
+
+    pad_id: int
+
+    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+
+    def microbatches(self, rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[dict[str, Tensor]]:
+        for index in batches_of_like_length([len(row["input_ids"]) for row in rows], size):
+            yield padded([rows[row] for row in index], self.pad_id, self.model.device)
+
+    def part(self, microbatch: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        return -self.model(**microbatch, fused_lm_head=True).log_probs.sum() / tokens  # 0 where there is no label
 
 
-Batch = dict[str, Tensor]
+def padded(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return a batch of rows as the model takes it: ids, mask and labels, each [B, T], right-padded."""
+    ids, mask = right_pad([row["input_ids"] for row in rows], pad_id)
+    labels, _ = right_pad([row["labels"] for row in rows], IGNORED)
+    return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device), "labels": labels.to(device)}
 
 
-def collator(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
-    """Return what makes a batch of rows: `input_ids`, `attention_mask` and `labels`, each [B, T], right-padded."""
-
-    def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
-        ids, mask = right_pad([row["input_ids"] for row in rows], pad_id)
-        labels, _ = right_pad([row["labels"] for row in rows], IGNORED)
-        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
-
-    return collate
-
-
-def heldout_loss(
-    job: Job, model: PeftModel, rows: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[Any]], Batch]
-) -> float:
+def heldout_loss(job: Job, model: PeftModel, rows: Sequence[Mapping[str, Any]], pieces: Pieces) -> float:
     """Return the mean loss over all completion tokens of the rows, in nats, each row read once by some process."""
     accelerator = job.accelerator
-    batches = batches_of_like_length([len(row["input_ids"]) for row in rows], job.settings.microbatch)
-    mine = [batches[index] for index in range(accelerator.process_index, len(batches), accelerator.num_processes)]
-    sums = torch.zeros(2, dtype=torch.float64)
+    mine = [rows[row] for row in distributed.share(len(rows), accelerator)]
+
+    def sums(size: int) -> Tensor:
+        found = torch.zeros(2, dtype=torch.float64)
+        batches = batches_of_like_length([len(row["input_ids"]) for row in mine], size)
+        for index in progress(batches, desc=f"{job.name}: held-out loss"):
+            batch = padded([mine[row] for row in index], job.text_format.pad_id, model.device)
+            output = model(**batch, fused_lm_head=True)
+            found -= torch.tensor([output.log_probs.double().sum().item(), -output.label_mask.sum().item()])
+        return found
+
     with evaluating(model):
-        for batch in progress(mine, desc=f"{job.name}: held-out loss"):
-            inputs = {name: tensor.to(model.device) for name, tensor in collate([rows[row] for row in batch]).items()}
-            output = model(**inputs, fused_lm_head=True)  # trl's: log-probabilities without the logits [B, T, V]
-            sums -= torch.tensor([output.log_probs.double().sum().item(), -output.label_mask.sum().item()])
-    loss, tokens = distributed.total(sums.to(accelerator.device), accelerator).tolist()
+        loss, tokens = distributed.total(pieces.whole(sums).to(accelerator.device), accelerator).tolist()
     return loss / tokens

@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"data_files"},
     {"examples", "batches"},
     {"collate", "check"},
-    {"models", "generation", "scorers", "distributed", "checkpoints", "metrics"},
+    {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "memory"},
     {"rollout", "evaluation", "training"},
     {"stages"},
     {"report", "closing", "quickstart"},

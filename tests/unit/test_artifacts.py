@@ -183,7 +183,7 @@ class TestRunDirectory:
     def test_the_environment_names_no_one(self, tmp_path, monkeypatch):
         """Versions and device are in it; user, host and paths are not."""
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        text = json.dumps(artifacts.environment("cpu", 1))
+        text = json.dumps(artifacts.environment("cpu", 1, 2))
         assert '"torch"' in text and '"device": "cpu"' in text
         for private in (str(Path.home()), str(Path.cwd()), artifacts.socket.gethostname(), "hf_secret"):
             assert private not in text

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from rlhf_kit.errors import Diverged, InputError
@@ -13,9 +14,9 @@ from rlhf_kit.recipe import SFTStage
 from rlhf_kit.training import (
     Training,
     batches_of_like_length,
-    microbatch_size,
     optimizer_steps,
     row_order,
+    share_of_batch,
     without_dropout,
 )
 
@@ -47,13 +48,13 @@ def test_order_does_not_depend_on_where_one_starts():
     assert all(row_order(7, first, 40, 1) == whole[first:] for first in range(40))
 
 
-def test_microbatch_divides_the_batch():
-    """A microbatch is at most the process's share; what does not divide is the user's error, with what would work."""
-    assert microbatch_size(settings(batch_size=16, microbatch=8), "sft", 1) == 8
-    assert microbatch_size(settings(batch_size=16, microbatch=8), "sft", 4) == 4
-    for batch, microbatch, processes in ((16, 3, 1), (16, 8, 3), (4, 8, 8)):
+def test_processes_divide_the_batch():
+    """Each process takes the same number of rows; what does not divide is the user's error, with what would work."""
+    assert share_of_batch(settings(batch_size=16), "sft", 1) == 16
+    assert share_of_batch(settings(batch_size=16, microbatch=3), "sft", 4) == 4
+    for batch, processes in ((16, 3), (4, 8)):
         with pytest.raises(InputError, match=rf"stages\.sft\.batch_size: {batch} rows do not divide"):
-            microbatch_size(settings(batch_size=batch, microbatch=microbatch), "sft", processes)
+            share_of_batch(settings(batch_size=batch), "sft", processes)
 
 
 def test_held_out_rows_are_each_read_once():
@@ -63,18 +64,38 @@ def test_held_out_rows_are_each_read_once():
     assert Counter(row for batch in batches for row in batch) == Counter(range(5))
 
 
+def with_gradients(**changes) -> Training:
+    """A training at its tenth step, with finite gradients of two parameters and none of a third."""
+    training = Training.__new__(Training)
+    training.name, training.first, training.skipped = "sft", 10, 0
+    training.settings, training.accelerator = settings(**changes), Accelerator(cpu=True)
+    training.model = nn.ParameterDict({name: nn.Parameter(torch.ones(2, 2)) for name in ("good", "bad", "idle")})
+    training.parameters = dict(training.model.items())
+    for name in ("good", "bad"):
+        training.parameters[name].grad = torch.ones(2, 2)
+    return training
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_broken_gradient_is_named(value):
     """A gradient that is not finite stops the training before the optimizer sees it, naming step and tensor."""
-    training = Training.__new__(Training)
-    training.name, training.first = "sft", 10
-    training.parameters = {name: nn.Parameter(torch.ones(2, 2)) for name in ("good", "bad", "idle")}
-    training.parameters["good"].grad = torch.ones(2, 2)
-    training.parameters["bad"].grad = torch.ones(2, 2)
-    training.check_gradients(3)
+    training = with_gradients()
+    assert training.check(3, torch.tensor(1.0))
     training.parameters["bad"].grad[1, 0] = value
     with pytest.raises(Diverged, match="sft: step 13: the gradient of bad is not finite"):
-        training.check_gradients(3)
+        training.check(3, torch.tensor(1.0))
+
+
+def test_broken_steps_are_skipped_if_asked_for_and_counted():
+    """With on_nonfinite: skip such a step has no gradients left for the optimizer, up to max_skipped times."""
+    training = with_gradients(on_nonfinite="skip", max_skipped=2)
+    for skipped in (1, 2):
+        training.parameters["bad"].grad = torch.full((2, 2), float("nan"))
+        assert not training.check(skipped, torch.tensor(1.0))
+        assert training.skipped == skipped and all(p.grad is None for p in training.parameters.values())
+    training.parameters["good"].grad = torch.ones(2, 2)
+    with pytest.raises(Diverged, match=r"the loss of step 13 is nan .*; 2 steps were skipped before it"):
+        training.check(3, torch.tensor(float("nan")))
 
 
 def test_base_dropout_is_off():
