@@ -16,8 +16,8 @@ from rlhf_kit.collate import (
     left_pad,
     load_text_format,
     right_pad,
-    tokenise_demonstrations,
     tokenise_comparisons,
+    tokenise_demonstrations,
     tokenise_prompts,
 )
 from rlhf_kit.errors import InputError
