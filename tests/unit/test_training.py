@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_kit.errors import Diverged, InputError
-from rlhf_kit.recipe import SFTStage
+from rlhf_kit.recipe import RewardStage, SFTStage
 from rlhf_kit.training import (
     Training,
     batches_of_like_length,
@@ -54,6 +54,14 @@ def test_microbatch_divides_the_batch():
     for batch, microbatch, processes in ((16, 3, 1), (16, 8, 3), (4, 8, 8)):
         with pytest.raises(InputError, match=rf"stages\.sft\.batch_size: {batch} rows do not divide"):
             microbatch_size(settings(batch_size=batch, microbatch=microbatch), "sft", processes)
+
+
+def test_a_reward_stage_divides_its_share_itself():
+    """It is handed its process's whole share of a step; shares must be equal."""
+    stage = RewardStage(kind="reward", data="card.md", batch_size=12, microbatch=5)
+    assert [microbatch_size(stage, "reward", processes) for processes in (1, 2, 4)] == [12, 6, 3]
+    with pytest.raises(InputError, match=r"stages\.reward\.batch_size: 12 prompts do not divide among 5 processes"):
+        microbatch_size(stage, "reward", 5)
 
 
 def test_held_out_rows_are_each_read_once():
