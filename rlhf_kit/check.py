@@ -465,7 +465,8 @@ def _stage_lines(
             prompts = len(prompts_of(examples[stage.prompts]).train)
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
         return [line]
-    unit = "prompts" if isinstance(stage, RewardStage) else "rows"
+    units = {"preferences": "pairs", "rankings": "rankings"}
+    unit = units.get(examples[stage.data].card.kind, "rows") if stage.data in examples else "rows"
     if stage.data not in examples:
         long = f"{stage.max_steps:,} optimizer steps" if stage.max_steps else f"epochs {stage.epochs:g}, in steps"
         return [f"{head}{long} of {stage.batch_size:,} {unit}"]

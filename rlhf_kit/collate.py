@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf_kit import recipe
 from rlhf_kit.batches import Comparisons, PromptBatch
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Ranking, Text
+from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Ranking, Text, probability_of
 
 IGNORED = -100
 """The label of a token without a loss."""
@@ -364,31 +364,22 @@ class Compared:
     """All of them, ties included."""
 
 
-def compared(row: Preference | Ranking, rating_margin: float = 0.0) -> Compared:
+def compared(row: Preference | Ranking) -> Compared:
     """Return what a row compares; a preference is a ranking of two.
 
-    rating_margin: margin of a pair per point by which its ratings differ (Touvron et al. 2023, section 3.2.2: larger
-    margins for clearer preferences).
-
-    Raises: InputError when it is above 0 and the row has no ratings.
+    A ranking's margins grow with the difference of the ratings (Touvron et al. 2023, section 3.2.2: larger margins for
+    clearer preferences), where its card gives a margin per point.
     """
-    ratings = row.ratings if isinstance(row, Ranking) else None
-    if rating_margin and ratings is None:
-        raise InputError(
-            f"{row.where}: has no ratings for rating_margin to multiply; use a card of kind rankings that maps "
-            "ratings, or of kind preferences that maps margin, and rating_margin: 0"
-        )
     if isinstance(row, Preference):
-        probability, margin = 1.0 if row.probability is None else row.probability, row.margin or 0.0
+        probability, margin = probability_of(row), row.margin or 0.0
         pair = Pair(0, 1, probability, margin) if probability >= 0.5 else Pair(1, 0, 1 - probability, margin)
         return Compared([row.chosen, row.rejected], pair.chosen, [pair])
-    pairs = []
-    for one, other in combinations(range(len(row.completions)), 2):
-        chosen, rejected = (one, other) if row.ranks[one] <= row.ranks[other] else (other, one)
-        probability = 0.5 if row.ranks[one] == row.ranks[other] else 1.0
-        margin = rating_margin * (ratings[chosen] - ratings[rejected]) if ratings else 0.0
-        pairs.append(Pair(chosen, rejected, probability, margin))
-    return Compared(list(row.completions), row.ranks.index(min(row.ranks)), pairs)
+    ranks, pairs = row.ranks, []
+    for one, other in combinations(range(len(ranks)), 2):
+        chosen, rejected = (one, other) if ranks[one] <= ranks[other] else (other, one)
+        margin = row.margin_per_point * (row.ratings[chosen] - row.ratings[rejected]) if row.ratings else 0.0
+        pairs.append(Pair(chosen, rejected, 0.5 if ranks[one] == ranks[other] else 1.0, margin))
+    return Compared(list(row.completions), ranks.index(min(ranks)), pairs)
 
 
 def tokenise_comparisons(
@@ -396,9 +387,7 @@ def tokenise_comparisons(
     text_format: TextFormat,
     max_length: int | None,
     truncate: recipe.Truncate,
-    *,
     ties: recipe.Ties = "drop",
-    rating_margin: float = 0.0,
 ) -> Tokenised:
     """Return of each prompt the token rows of its completions and the pairs of them that are learnt from:
 
@@ -409,11 +398,11 @@ def tokenise_comparisons(
     A prompt that is cut is cut alike for all completions, so that the longest fits.
     ties: "drop" leaves tied pairs out, and rows without any other, counted.
 
-    Raises: as `tokenise_demonstrations` and `compared`; or when all pairs are ties that are left out.
+    Raises: as `tokenise_demonstrations`; or when all pairs are ties that are left out.
     """
     fitting = _Fitting(text_format, max_length, truncate)
     for index, row in enumerate(rows):
-        found = compared(row, rating_margin)
+        found = compared(row)
         texts, pairs = found.completions, found.pairs
         fitting.look_at(row.prompt, *texts)
         if ties == "drop":

@@ -414,8 +414,8 @@ def _judgement_problems(raw: Mapping[str, Any], columns: dict[str, Any], shape: 
     if scale is not None and not rated:
         yield ("rlhf_kit", "scale"), "is of ratings, and no column is mapped to ratings"
     if raw.get("margin_per_point") is not None:
-        if kind != "preferences" or "ratings" not in columns:
-            yield ("rlhf_kit", "margin_per_point"), "is of preferences with a column mapped to ratings"
+        if not rated:
+            yield ("rlhf_kit", "margin_per_point"), "is of ratings, and no column is mapped to ratings"
         elif "margin" in columns:
             yield ("rlhf_kit", "columns", "margin"), "is mapped, and margin_per_point says it too; keep one"
 

@@ -78,6 +78,8 @@ class Ranking:
     ratings: list[float] | None = None
     """As given, higher is better, where the card maps ratings; the ranks follow from them."""
     annotator: str | None = None
+    margin_per_point: float = 0.0
+    """Margin of a pair per point by which its ratings differ, as the card says."""
 
 
 @dataclass(frozen=True)
@@ -532,10 +534,11 @@ def _ranking(read: _Cells) -> Ranking:
         ranks = _ranks(_wins(read, len(completions)), best_is_high=True)
     else:
         ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
-    return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator())
+    return _ranked(card, prompt, completions, ranks, ratings, read.where, read.annotator())
 
 
 def _ranked(
+    card: DataCard,
     prompt: Prompt,
     completions: list[str],
     ranks: list[float],
@@ -546,7 +549,8 @@ def _ranked(
     if len({completion.strip() for completion in completions}) < len(completions):
         twice = Counter(completion.strip() for completion in completions).most_common(1)[0][0]
         raise _Broken("equal completions", f'a completion stands twice in the ranking: "{short(twice)}"')
-    return Ranking(_kept(prompt), completions, ranks, where, ratings, annotator)
+    margin_per_point = 0.0 if ratings is None else card.margin_per_point or 0.0
+    return Ranking(_kept(prompt), completions, ranks, where, ratings, annotator, margin_per_point)
 
 
 def _ranks(numbers: Sequence[float], best_is_high: bool) -> list[float]:
@@ -588,6 +592,7 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
             numbers = [row.number for row in group]
             rated = "rating" in card.columns
             yield _ranked(
+                card,
                 first.prompt,
                 [row.completion for row in group],
                 _ranks(numbers, best_is_high=rated),

@@ -168,8 +168,6 @@ class RewardStage(_Training):
     ties: Ties = "drop"
     """drop: pairs that were judged equal teach nothing; soft: they are learnt as even odds. Held-out accuracy is over
     the other pairs in either case."""
-    rating_margin: NonNegative = 0.0
-    """Score by which a pair is to differ per point of difference in its ratings (kind rankings with ratings)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a label is the wrong way round."""
     center_coef: NonNegative = 0.0

@@ -129,3 +129,12 @@ def demonstrations() -> list[dict[str, str]]:
 def preferences() -> list[dict[str, str]]:
     """Return 32 short pairs in which the polite answer is always the better one."""
     return [{"prompt": question, "chosen": " Yes, here.", "rejected": " No, go away."} for question in QUESTIONS]
+
+
+def rankings() -> list[dict[str, Any]]:
+    """Return 32 rankings of four answers of unlike lengths, politest first, two tied; two annotators in turn."""
+    answers = [" Yes, here.", " Perhaps later, when I have the time for it.", " No.", " No, go away."]
+    return [
+        {"prompt": question, "completions": answers, "ranks": [1, 2, 2, 4], "annotator": "ann" if row % 2 else "bob"}
+        for row, question in enumerate(QUESTIONS)
+    ]

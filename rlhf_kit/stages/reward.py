@@ -81,14 +81,7 @@ def run(job: Job) -> Outcome:
     assert isinstance(settings, RewardStage)
     examples = job.examples[settings.data]
     limit = settings.max_length or context_length(job.recipe.base)
-    groups = tokenise_comparisons(
-        examples.train,
-        job.text_format,
-        limit,
-        settings.truncate,
-        ties=settings.ties,
-        rating_margin=settings.rating_margin,
-    )
+    groups = tokenise_comparisons(examples.train, job.text_format, limit, settings.truncate, settings.ties)
     say(f"{job.name}: {groups}")
     heldout = None
     if examples.heldout:

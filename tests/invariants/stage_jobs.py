@@ -27,12 +27,14 @@ def make_recipe(
     base: dict[str, Any] | None = None,
     adapter: dict[str, Any] | None = None,
     text: bool = False,
+    ranked: bool = False,
     reward: dict[str, Any] | None = None,
     **training: Any,
 ) -> Recipe:
     """Write a checkpoint, cards and a recipe of an SFT and a reward stage; return the recipe.
 
-    text: SFT on a card of plain texts. reward: further settings of the reward stage. training: of both stages.
+    text: SFT on a card of plain texts. ranked: the reward stage on rankings. reward: further settings of the reward
+    stage. training: of both stages.
     """
     if not (folder / "model").exists():
         tiny.make_checkpoint(folder / "model")
@@ -42,7 +44,10 @@ def make_recipe(
         card = tiny.write_card(folder, "shown", "text", texts, heldout=0.25)
     else:
         card = tiny.write_card(folder, "shown", "demonstrations", rows, heldout=0.25)
-    pairs = tiny.write_card(folder, "pairs", "preferences", tiny.preferences(), heldout=0.25)
+    if ranked:
+        pairs = tiny.write_card(folder, "pairs", "rankings", tiny.rankings(), heldout=0.25)
+    else:
+        pairs = tiny.write_card(folder, "pairs", "preferences", tiny.preferences(), heldout=0.25)
     stages = {
         "sft": {"kind": "sft", "data": str(card), **TRAINING, **training},
         "reward": {"kind": "reward", "init": "sft", "data": str(pairs), **TRAINING, **training, **(reward or {})},

@@ -141,24 +141,6 @@ def test_loss_is_the_mean_over_completion_tokens(here):
     assert metrics(here / "sft")[1]["sft/loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_reward_loss_reads_margins(here):
-    """A margin in the data raises the loss: -log sigmoid(difference - margin)."""
-    losses = {}
-    for margin in (None, 0.0, 2.0):
-        pair = {"chosen_ids": [1, 2], "rejected_ids": [3]} | ({} if margin is None else {"margin": margin})
-        inputs = reward.collator(0)([pair])
-        trainer = reward.Trainer.__new__(reward.Trainer)
-        trainer.seen = []
-
-        class Two(torch.nn.Module):
-            def forward(self, input_ids, attention_mask):
-                return type("Output", (), {"logits": torch.tensor([[1.5], [0.5]])})
-
-        losses[margin] = float(trainer.compute_loss(Two(), inputs))
-    assert losses[None] == losses[0.0] == pytest.approx(0.3133, abs=1e-4)  # log(1 + e^-1)
-    assert losses[2.0] == pytest.approx(1.3133, abs=1e-4)  # log(1 + e^1)
-
-
 # ---------------------------------------------------------------- nothing but the recipe matters
 
 
@@ -241,6 +223,7 @@ def test_demonstrations_that_score_alike_are_refused(here):
     """Without any spread there is no unit for the score."""
     recipe = make_recipe(here, reward={"init": None, "learning_rate": 1e-9})
     job = make_job(recipe, "reward", here)
+    reward.save_adapter(reward.new_reward_model(job, "reward")[0], job.folder / "adapter", recipe.base)
     reference = {"card": "card", "rows": [[5, 6, 7]] * 3, "heldout": 0, "counts": {}}
     with pytest.raises(InputError, match="all 3 rows of card have the same score"):
-        reward.score_unit(job, reward.new_reward_model(job), reference)
+        reward.Ensemble(job, budget=64).normalise_on(reference)

@@ -7,10 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kit.maths.preference import bradley_terry_loss, centering_penalty
+from rlhf_kit.maths.preference import (
+    bradley_terry_loss,
+    centering_penalty,
+    language_modelling_loss,
+    pair_weights,
+    smoothed,
+    soft_bradley_terry_loss,
+)
 from tests.maths import oracle
 
 scores = st.floats(-5, 5, width=32)
+shares = st.floats(0, 1)
 
 
 def test_bradley_terry_by_hand():
@@ -45,3 +53,72 @@ def test_centering_by_hand():
     """(1 + 2)^2 = 9; a pair around zero costs nothing."""
     found = centering_penalty(torch.tensor([1.0, 1.5]), torch.tensor([2.0, -1.5]))
     assert found.tolist() == [9.0, 0.0]
+
+
+# ---------------------------------------------------------------- labels that are not certain
+
+
+def test_soft_labels_by_hand():
+    """At a difference of log 3: three in four right costs 3/4 log(4/3) + 1/4 log 4; certain costs log(4/3)."""
+    chosen, rejected = torch.tensor([math.log(3), math.log(3)]), torch.zeros(2)
+    found = soft_bradley_terry_loss(chosen, rejected, torch.tensor([0.75, 1.0]), torch.zeros(2))
+    expected = [0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(4 / 3)]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_certain_labels_are_not_changed():
+    """With probability 1 and margin 0 the loss is that of Bradley and Terry to the last bit."""
+    chosen, rejected = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    found = soft_bradley_terry_loss(chosen, rejected, torch.ones(100), torch.zeros(100))
+    assert torch.equal(found, bradley_terry_loss(chosen, rejected))
+
+
+@given(scores, scores, shares, st.floats(0, 3))
+def test_soft_labels_have_no_side(one, other, share, margin):
+    """Calling the other one chosen, with the other probability, is the same statement and costs the same."""
+    a, b, p, m = (torch.tensor(x, dtype=torch.float64) for x in (one, other, share, margin))
+    there, back = soft_bradley_terry_loss(a, b, p, m), soft_bradley_terry_loss(b, a, 1 - p, m)
+    torch.testing.assert_close(there, back, rtol=1e-9, atol=1e-12)
+
+
+@given(st.floats(0.05, 0.95))
+def test_soft_labels_are_learnt_as_what_they_are(share):
+    """Without a margin the cheapest difference is the log of the odds: the gradient vanishes there, for a tie at 0."""
+    difference = torch.tensor(math.log(share / (1 - share)), dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros((), dtype=torch.float64)
+    soft_bradley_terry_loss(difference, zero, torch.tensor(share, dtype=torch.float64), zero).backward()
+    assert float(difference.grad) == pytest.approx(0, abs=1e-9)
+
+
+def test_smoothing_by_hand():
+    """One label in ten turned round: certain is .9, impossible .1, a tie a tie, .8 is .8 x .9 + .2 x .1 = .74."""
+    found = smoothed(torch.tensor([1.0, 0.0, 0.5, 0.8]), 0.1)
+    assert found.tolist() == pytest.approx([0.9, 0.1, 0.5, 0.74])
+    assert torch.equal(smoothed(torch.tensor([1.0, 0.3]), 0.0), torch.tensor([1.0, 0.3]))
+
+
+# ---------------------------------------------------------------- rankings
+
+
+def test_pair_weights_by_hand():
+    """Three pairs of the first prompt count a third each, the one pair of the second counts whole."""
+    assert pair_weights(torch.tensor([0, 0, 1, 0])).tolist() == pytest.approx([1 / 3, 1 / 3, 1, 1 / 3])
+
+
+def test_a_ranking_of_three_by_hand():
+    """Scores 2, 1, 0 in the right order: (2 log(1 + e^-1) + log(1 + e^-2)) / 3, equation 1 of InstructGPT."""
+    r = torch.tensor([2.0, 1.0, 0.0])
+    losses = bradley_terry_loss(r[[0, 0, 1]], r[[1, 2, 2]])
+    found = (pair_weights(torch.zeros(3, dtype=torch.long)) * losses).sum()
+    assert float(found) == pytest.approx((2 * math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 3)
+
+
+# ---------------------------------------------------------------- the auxiliary objective
+
+
+def test_language_modelling_by_hand():
+    """Tokens of probability 1/2 and 1/8 cost (log 2 + log 8) / 2 each; in two parts of the step the same together."""
+    logprobs = torch.tensor([0.5, 0.125]).log()
+    assert float(language_modelling_loss(logprobs, 2)) == pytest.approx(2 * math.log(2))
+    parts = [language_modelling_loss(part, torch.tensor(2)) for part in logprobs.split(1)]
+    assert float(sum(parts)) == pytest.approx(2 * math.log(2))

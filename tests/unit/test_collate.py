@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_kit import recipe
 from rlhf_kit.collate import (
     IGNORED,
+    PASS,
+    Pair,
     TextFormat,
+    compare,
+    compared,
+    forward_passes,
     left_pad,
     load_text_format,
     right_pad,
-    tokenise_demonstrations,
     tokenise_comparisons,
+    tokenise_demonstrations,
     tokenise_prompts,
+    within_budget,
 )
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, PromptRow, Text
+from rlhf_kit.examples import Demonstration, Preference, PromptRow, Ranking, Text
 from tests.tiny import CHATML, make_tokenizer
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -295,24 +305,58 @@ def test_none_left_is_an_error(tmp_path):
         tokenise_demonstrations([Demonstration("ab", "cd", "1")], text_format(tmp_path), 3, "drop")
 
 
-def test_pairs_share_one_cut_prompt(tmp_path):
-    """Both sides of a pair keep the same part of the prompt: what the longer completion leaves room for."""
+def test_completions_share_one_cut_prompt(tmp_path):
+    """All completions keep the same part of the prompt: what the longest leaves room for."""
     found = text_format(tmp_path)
-    pairs = [Preference("abcd", "e", "fgh", "1"), Preference("a", "b", "c", "2", margin=0.5)]
-    rows = tokenise_comparisons(pairs, found, 7, "left_prompt").rows
-    assert found.tokenizer.decode(rows[0]["chosen_ids"]) == "<s>cde</s>"
-    assert found.tokenizer.decode(rows[0]["rejected_ids"]) == "<s>cdfgh</s>"
-    assert [row["margin"] for row in rows] == [0.0, 0.5]
+    rows = [Preference("abcd", "e", "fgh", "1"), Ranking("abcd", ["e", "f", "gh"], [2.0, 3.0, 1.0], "2")]
+    pair, ranking = tokenise_comparisons(rows, found, 7, "left_prompt").rows
+    assert [found.tokenizer.decode(ids) for ids in pair["completions"]] == ["<s>cde</s>", "<s>cdfgh</s>"]
+    assert [found.tokenizer.decode(ids) for ids in ranking["completions"]] == [
+        "<s>bcde</s>",
+        "<s>bcdf</s>",
+        "<s>bcdgh</s>",
+    ]
+    assert (pair["prompt_tokens"], ranking["prompt_tokens"]) == (3, 4)
 
 
-def test_pairs_without_margins_have_no_margin_column(tmp_path):
-    """No margin is invented where the data has none."""
-    assert set(
-        tokenise_comparisons([Preference("a", "b", "c", "1")], text_format(tmp_path), None, "error").rows[0]
-    ) == {
-        "chosen_ids",
-        "rejected_ids",
-    }
+def test_a_pair_is_a_ranking_of_two(tmp_path):
+    """The same comparison as a preference and as a ranking gives the same row."""
+    rows = [
+        Preference("Q", "better", "worse", "1", annotator="ann"),
+        Ranking("Q", ["better", "worse"], [1.0, 2.0], "2", annotator="ann"),
+    ]
+    pair, ranking = tokenise_comparisons(rows, text_format(tmp_path), None, "error").rows
+    assert pair == ranking
+    assert {name: pair[name] for name in ("best", "chosen", "rejected", "probability", "margin", "annotator")} == {
+        "best": 0, "chosen": [0], "rejected": [1], "probability": [1.0], "margin": [0.0], "annotator": "ann"
+    }  # fmt: skip
+
+
+def test_the_better_one_is_chosen():
+    """A pair is turned round where its label says that the other one is better, and margins grow with the ratings."""
+    found = compared(Preference("Q", "a", "b", "1", margin=0.5, probability=0.25))
+    assert (found.completions, found.best, found.pairs) == (["a", "b"], 1, [Pair(1, 0, 0.75, 0.5)])
+    # ranks 2, 1, 2 from ratings 3, 7, 3 on a scale of which a point is worth .25
+    found = compared(Ranking("Q", ["a", "b", "c"], [2.0, 1.0, 2.0], "1", [3.0, 7.0, 3.0], None, 0.25))
+    assert found.best == 1
+    assert found.pairs == [Pair(1, 0, 1.0, 1.0), Pair(0, 2, 0.5, 0.0), Pair(1, 2, 1.0, 1.0)]
+
+
+def test_ties_are_left_out_or_soft(tmp_path):
+    """Tied pairs and prompts with no other are left out and counted, or kept as even odds."""
+    found = text_format(tmp_path)
+    rows = [
+        Ranking("P", ["a", "b", "c"], [1.0, 1.0, 3.0], "1"),
+        Ranking("Q", ["a", "b"], [1.0, 1.0], "2"),
+        Preference("R", "a", "b", "3", probability=0.5),
+    ]
+    dropped = tokenise_comparisons(rows, found, None, "error", "drop")
+    assert [(row["chosen"], row["rejected"]) for row in dropped.rows] == [([0, 1], [2, 2])]
+    assert dropped.counts == {"rows": 3, "kept": 1, "tokens": 12, "tied pairs left out": 3, "dropped: all tied": 2}
+    soft = tokenise_comparisons(rows, found, None, "error", "soft")
+    assert [row["probability"] for row in soft.rows] == [[0.5, 1.0, 1.0], [0.5], [0.5]]
+    with pytest.raises(InputError, match="all 2 rows are ties, which teach no order; set ties: soft"):
+        tokenise_comparisons(rows[1:], found, None, "error", "drop")
 
 
 def test_prompts_are_cut_to_their_limit(tmp_path):
@@ -350,3 +394,83 @@ def test_identity_survives_use_and_tells_formats_apart(tmp_path):
     )
     other = text_format(tmp_path / "three", extra=(*CHAT_TOKENS, "<|x|>"), chat_template=CHATML + "\n").identity()
     assert {key for key in before if before[key] != other[key]} == {"sha256", "chat_template_sha256"}
+
+
+# ---------------------------------------------------------------- batches by tokens
+
+
+def cost(passes: list[list[int]], lengths: list[int]) -> int:
+    return sum(len(rows) * max(lengths[row] for row in rows) + PASS for rows in passes)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=7), st.integers(1, 900))
+def test_no_other_passes_take_less_time(lengths, budget):
+    """Of all ways to cut the rows, sorted by length, into passes within the budget none costs less; no row is lost."""
+    passes = forward_passes(lengths, budget)
+    order = [row for rows in passes for row in rows]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
+    assert all(len(rows) == 1 or len(rows) * lengths[rows[0]] <= budget for rows in passes)
+    least = min(
+        cost(cut, lengths)
+        for ends in itertools.product((False, True), repeat=len(order) - 1)
+        for cut in [_cut(order, ends)]
+        if all(len(rows) == 1 or len(rows) * lengths[rows[0]] <= budget for rows in cut)
+    )
+    assert cost(passes, lengths) == least
+
+
+def _cut(order: list[int], ends: Sequence[bool]) -> list[list[int]]:
+    cut = [[order[0]]]
+    for row, begins in zip(order[1:], ends, strict=True):
+        if begins:
+            cut.append([])
+        cut[-1].append(row)
+    return cut
+
+
+def test_passes_by_hand():
+    """Two long and three short rows: apart they cost 2 x 100 + 3 x 10 + 2 x 64 = 358, together 500 + 64."""
+    assert forward_passes([10, 100, 10, 100, 10]) == [[1, 3], [0, 2, 4]]
+    assert forward_passes([10, 12, 11]) == [[1, 2, 0]]
+
+
+def test_lists_stay_within_the_budget():
+    """Largest first; one that is larger than the budget is alone."""
+    assert within_budget([3, 9, 1, 4, 2], 6) == [[1], [3], [0, 4, 2]]
+    assert within_budget([5, 5], 10) == [[0, 1]]
+
+
+def test_comparisons_point_at_their_completions(tmp_path):
+    """Each completion is there once, and each pair finds its two among the passes, whatever their order."""
+    found = text_format(tmp_path)
+    rows = [
+        Ranking("abc", ["d" * 80, "e", "f"], [3.0, 1.0, 2.0], "1"),
+        Preference("g", "h" * 70, "i", "2", margin=0.5),
+    ]
+    groups = tokenise_comparisons(rows, found, None, "error").rows
+    made = compare(groups, found.pad_id)
+    texts = [
+        found.tokenizer.decode(ids[mask])
+        for passed, masks in zip(made.ids, made.mask, strict=True)
+        for ids, mask in zip(passed, masks, strict=True)
+    ]
+    assert [ids.shape for ids in made.ids] == [(2, 85), (3, 6)]  # long ones share a pass, short ones another
+    assert sorted(texts) == sorted(found.tokenizer.decode(ids) for group in groups for ids in group["completions"])
+    pairs = list(zip(made.chosen.tolist(), made.rejected.tolist(), strict=True))
+    long, short = "<s>abc" + "d" * 80 + "</s>", "<s>abcf</s>"
+    assert [(texts[a], texts[b]) for a, b in pairs] == [
+        ("<s>abce</s>", long),
+        (short, long),
+        ("<s>abce</s>", short),
+        ("<s>g" + "h" * 70 + "</s>", "<s>gi</s>"),
+    ]
+    assert made.prompt.tolist() == [0, 0, 0, 1]
+    assert made.margin.tolist() == [0, 0, 0, 0.5]
+    learnt = [
+        found.tokenizer.decode(ids[mask])
+        for passed, masks in zip(made.ids, made.learnt, strict=True)
+        for ids, mask in zip(passed, masks, strict=True)
+        if mask.any()
+    ]
+    assert sorted(learnt) == sorted(["e</s>", "h" * 70 + "</s>"])  # the best one's own tokens, and its end

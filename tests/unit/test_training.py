@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from rlhf_kit.errors import Diverged, InputError
-from rlhf_kit.recipe import SFTStage
+from rlhf_kit.recipe import RewardStage, SFTStage
 from rlhf_kit.training import (
     Training,
     batches_of_like_length,
@@ -55,6 +55,14 @@ def test_processes_divide_the_batch():
     for batch, processes in ((16, 3), (4, 8)):
         with pytest.raises(InputError, match=rf"stages\.sft\.batch_size: {batch} rows do not divide"):
             share_of_batch(settings(batch_size=batch), "sft", processes)
+
+
+def test_a_reward_stage_divides_its_share_itself():
+    """It is handed its process's whole share of a step; shares must be equal."""
+    stage = RewardStage(kind="reward", data="card.md", batch_size=12, microbatch=5)
+    assert [microbatch_size(stage, "reward", processes) for processes in (1, 2, 4)] == [12, 6, 3]
+    with pytest.raises(InputError, match=r"stages\.reward\.batch_size: 12 prompts do not divide among 5 processes"):
+        microbatch_size(stage, "reward", 5)
 
 
 def test_held_out_rows_are_each_read_once():
