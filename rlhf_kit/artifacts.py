@@ -223,7 +223,10 @@ def check_run_directory(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; a run needs a folder of its own (--out DIR).")
-    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not (folder / RECIPE).is_file():
+    others = (
+        [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    )  # a lock, a half file
+    if others and not (folder / RECIPE).is_file():
         raise InputError(f"{folder}: is not empty and holds no {RECIPE}; a run needs a folder of its own (--out DIR).")
     links = [path for path in folder.rglob("*") if path.is_symlink() and TRACKERS not in path.parts]
     if links:

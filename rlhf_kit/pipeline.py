@@ -92,7 +92,7 @@ def run(
         say(f"note: {note}")
     check_imports(recipe, plan.examples)
     check_lengths(recipe, plan.examples, text_format)
-    with StopRequest() as stop, _held(folder, accelerator), artifacts.writing(folder):
+    with StopRequest() as stop, artifacts.writing(folder), _held(folder, accelerator):
         pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
         if fresh:
             _on_main(accelerator, lambda: artifacts.remove_folder(folder / only) if only else artifacts.clear(folder))
@@ -398,8 +398,8 @@ class Pipeline:
         changed = artifacts.differences(artifacts.flat(begun["environments"][-1]), artifacts.flat(now))
         if changed:
             say(
-                f"{folder.name}: goes on elsewhere than it began ({_listed(changed)}): with the same steps, but no longer "
-                "bit for bit as if never stopped, since sums are taken in another order"
+                f"{folder.name}: goes on elsewhere than it began ({_listed(changed)}): with the same steps, but no "
+                "longer bit for bit as if never stopped, since sums are taken in another order"
             )
             environments = [*begun["environments"], now]
             artifacts.write_json(folder / artifacts.STARTED, {**begun, "environments": environments})

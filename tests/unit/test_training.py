@@ -60,9 +60,9 @@ def test_processes_divide_the_batch():
 def test_a_reward_stage_divides_its_share_itself():
     """It is handed its process's whole share of a step; shares must be equal."""
     stage = RewardStage(kind="reward", data="card.md", batch_size=12, microbatch=5)
-    assert [microbatch_size(stage, "reward", processes) for processes in (1, 2, 4)] == [12, 6, 3]
-    with pytest.raises(InputError, match=r"stages\.reward\.batch_size: 12 prompts do not divide among 5 processes"):
-        microbatch_size(stage, "reward", 5)
+    assert [share_of_batch(stage, "reward", processes) for processes in (1, 2, 4)] == [12, 6, 3]
+    with pytest.raises(InputError, match=r"stages\.reward\.batch_size: 12 rows do not divide among 5 processes"):
+        share_of_batch(stage, "reward", 5)
 
 
 def test_held_out_rows_are_each_read_once():
