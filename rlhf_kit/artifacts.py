@@ -223,10 +223,8 @@ def check_run_directory(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; a run needs a folder of its own (--out DIR).")
-    others = (
-        [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
-    )  # a lock, a half file
-    if others and not (folder / RECIPE).is_file():
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if any(name[0] != "." for name in names) and not (folder / RECIPE).is_file():  # not a lock or a half file
         raise InputError(f"{folder}: is not empty and holds no {RECIPE}; a run needs a folder of its own (--out DIR).")
     links = [path for path in folder.rglob("*") if path.is_symlink() and TRACKERS not in path.parts]
     if links:
@@ -290,7 +288,7 @@ def writing(folder: Path) -> Iterator[None]:
         if not own and error.errno not in DISK_ERRORS:
             raise
         what = f"{error.filename}: " if own else ""
-        gone = "" if folder.is_dir() else "; the folder is gone"
+        gone = "; the folder is gone" if error.errno == errno.ENOENT else ""
         raise OutOfRoom(
             f"{folder}: cannot go on writing here: {what}{error.strerror}{gone}. Nothing that was finished is lost by "
             "it: mend the cause (free space, permissions, the folder) and run the same command again."

@@ -120,10 +120,10 @@ class Training:
         return sum(lengths[index] for index in order)
 
     def dataset(self) -> Dataset:
-        """Return the rows that are still to be trained on, in their order."""
-        size = self.settings.batch_size
+        """Return the rows that are still to be trained on, in their order; some in any case, for a trainer asks."""
+        size, last = self.settings.batch_size, max(self.steps, self.first + 1)
         columns = {column: [row[column] for row in self.rows] for column in self.rows[0]}
-        order = row_order(len(self.rows), self.first * size, self.steps * size, *self.seed)
+        order = row_order(len(self.rows), self.first * size, last * size, *self.seed)
         return Dataset.from_dict(columns).select(order, keep_in_memory=True)
 
     def arguments(self, kind: type[TrainingArguments], **more: Any) -> TrainingArguments:
