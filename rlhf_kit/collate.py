@@ -27,8 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_kit import recipe
 from rlhf_kit.batches import PromptBatch
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Text
+from rlhf_kit.model_folders import opened
 
 IGNORED = -100
 """The label of a token without a loss."""
@@ -187,14 +188,12 @@ def load_text_format(base: recipe.Base) -> TextFormat:
     Raises:
         InputError: there is no tokenizer, or nothing to end a completion with.
     """
+    trust = base.trust_remote_code
+    folder = opened(base.model, base.revision, setting="base.model", trust_remote_code=trust, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"base.model: cannot load a tokenizer from {base.model}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise InputError(f"base.model: cannot load a tokenizer from {base.model}: {first_line(error)}") from error
     notes = []
     origin: Literal["recipe", "tokenizer", "plain"] = "tokenizer"
     if base.chat_template is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Diverged", "InputError", "Interrupted", "did_you_mean", "printable"]
+__all__ = ["Diverged", "InputError", "Interrupted", "did_you_mean", "first_line", "printable"]
 
 
 class InputError(Exception):
@@ -46,3 +46,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """Return text for one line of a message: line breaks and other invisible characters as escapes."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's exception says, the first line of it, for a message of ours."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -37,7 +37,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf_kit import artifacts, recipe
 from rlhf_kit.collate import TextFormat
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import InputError, first_line
+from rlhf_kit.model_folders import check_adapter, opened
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every layer of every pass
 
@@ -68,9 +69,23 @@ def _content_hash(folder: Path) -> str:
 
 
 def context_length(base: recipe.Base) -> int | None:
-    """Return how many tokens the base reads at most, or None where its configuration sets no limit."""
-    config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    """Return how many tokens the base reads at most, or None where its configuration sets no limit.
+
+    Raises:
+        InputError: transformers does not know this kind of model.
+    """
+    folder = _opened(base, weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"base.model: cannot load {base.model}: {first_line(error)}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _opened(base: recipe.Base, *, weights: bool = True) -> Path:
+    return opened(
+        base.model, base.revision, setting="base.model", trust_remote_code=base.trust_remote_code, weights=weights
+    )
 
 
 def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerator) -> PreTrainedModel:
@@ -81,10 +96,10 @@ def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerat
             the embedding has rows.
     """
     dtype = getattr(torch, base.dtype)
+    folder = _opened(base)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            base.model,
-            revision=base.revision,
+            folder,
             dtype=dtype,
             quantization_config=_quantization(base.quantization, dtype),
             device_map={"": accelerator.device},
@@ -93,7 +108,7 @@ def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerat
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"base.model: cannot load {base.model}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"base.model: cannot load {base.model}: {first_line(error)}") from error
     unloaded = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unloaded:
         raise InputError(
@@ -298,15 +313,22 @@ def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> 
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter folder: its LoRA weights and, of a reward adapter, its head."""
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; an adapter folder holds adapter_config.json and {ADAPTER_WEIGHTS}.")
-    return load_file(path)
+    """Return the tensors of an adapter folder: its LoRA weights and, of a reward adapter, its head.
+
+    Raises:
+        InputError: the folder is not plain LoRA as safetensors.
+    """
+    check_adapter(folder)
+    return load_file(folder / ADAPTER_WEIGHTS)
 
 
 def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Return `model` with the adapter (and head) of a finished stage, frozen and in eval mode."""
+    """Return `model` with the adapter (and head) of a finished stage, frozen and in eval mode.
+
+    Raises:
+        InputError: the folder is not plain LoRA as safetensors; PEFT would take pickled weights.
+    """
+    check_adapter(folder)
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
@@ -349,6 +371,7 @@ class SharedBase:
         Raises:
             InputError: the adapter was made for another base.
         """
+        check_adapter(folder)
         config = LoraConfig.from_pretrained(str(folder))
         config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
         config.lora_dropout = 0.0

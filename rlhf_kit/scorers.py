@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.errors import InputError, did_you_mean, first_line
 from rlhf_kit.examples import Prompt
+from rlhf_kit.model_folders import opened
 from rlhf_kit.models import SharedBase, new_head
+from rlhf_kit.recipe import FUNCTION
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ class ClassifierScorer:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
+        folder = opened(name, setting="reward")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                folder, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"reward: cannot load {name}: {str(error).strip().splitlines()[0]}") from error
+            raise InputError(f"reward: cannot load {name}: {first_line(error)}") from error
         if report["missing_keys"]:
             raise InputError(
                 f"reward: {name}: has no weights for {', '.join(sorted(report['missing_keys']))}; this is not a "
@@ -143,8 +146,8 @@ class FunctionScorer:
 
 
 def external_scorer(name: str, device: torch.device) -> Scorer:
-    """Return the scorer of a `reward:` that is no stage: a function where it has a colon, else a classifier."""
-    return FunctionScorer(name, device) if ":" in name else ClassifierScorer(name, device)
+    """Return the scorer of a `reward:` that is no stage: a function if it is written as one, else a classifier."""
+    return FunctionScorer(name, device) if FUNCTION.fullmatch(name) else ClassifierScorer(name, device)
 
 
 def load_function(name: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "rlhf_kit"
 FLOORS = (  # from the ground up; a module imports from its own floor or from below, and never in a circle
     {"errors"},
     {"marked_yaml", "settings"},
-    {"recipe", "maths"},
+    {"recipe", "maths", "model_folders"},
     {"data_cards", "artifacts"},
     {"examples", "batches"},
     {"collate", "check"},
@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
     "artifacts",
     "examples",
     "check",
+    "model_folders",
     "report",
 )
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "bitsandbytes"}
