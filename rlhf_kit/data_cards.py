@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml
@@ -23,6 +24,7 @@ from rlhf_kit.settings import (
     Settings,
     Text,
     TextOrTexts,
+    climbs,
     explain,
     find_path,
     matching,
@@ -35,6 +37,9 @@ from rlhf_kit.settings import (
 __all__ = ["DataCard", "Filters", "HubSource", "load_card"]
 
 Kind = Literal["demonstrations", "preferences", "prompts", "text"]
+SpecialTokens = Literal["escape", "refuse", "allow"]
+"""What becomes of text in the data that spells a special token, such as "</s>": it stays text, it is an error, or it
+becomes that token."""
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "completion"),
     "preferences": ("prompt", "chosen", "rejected", "margin", "annotator"),
@@ -94,10 +99,22 @@ class DataCard:
     """Share of prompts, chosen by their hash; or where the held-out rows are."""
     filters: Filters
     on_problem: Literal["error", "drop"]
+    special_tokens: SpecialTokens
     metadata: Mapping[str, Any]
     """The rest of the front matter: licence, language, ..."""
     text: str
     """The prose below the front matter."""
+
+
+def _in_the_dataset(value: Any) -> Any:
+    """Refuse what `datasets` would look for elsewhere than in the dataset: on this machine, or at another address."""
+    for path in value if isinstance(value, list) else [value]:
+        if isinstance(path, str) and (path.startswith(("/", "~")) or climbs(path) or ":" in path or "\\" in path):
+            raise PydanticCustomError("unexpected", "{expected}", {"expected": "a path inside the dataset"})
+    return value
+
+
+InDataset = BeforeValidator(_in_the_dataset)
 
 
 class _HubSettings(Settings):
@@ -105,8 +122,8 @@ class _HubSettings(Settings):
     revision: Text
     config: Text | None = None
     split: Text = "train"
-    data_dir: Text | None = None
-    data_files: TextOrTexts | None = None
+    data_dir: Annotated[Text | None, InDataset] = None
+    data_files: Annotated[TextOrTexts | None, InDataset] = None
 
 
 class _Block(Settings):
@@ -117,6 +134,7 @@ class _Block(Settings):
     heldout: Any = 0.1
     filters: Filters = Filters()
     on_problem: Literal["error", "drop"] = "error"
+    special_tokens: SpecialTokens = "escape"
 
 
 NEEDED: Mapping[tuple[str, ...], str] = {
@@ -166,6 +184,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         heldout=heldout,
         filters=block.filters,
         on_problem=block.on_problem,
+        special_tokens=block.special_tokens,
         metadata={key: value for key, value in metadata.items() if key != "rlhf_kit"},
         text=text,
     )
@@ -266,8 +285,12 @@ def _sources(
     files = []
     for index, name in enumerate(names):
         here = (*at, index) if isinstance(written, list) else at
-        path = find_path(name, places)
-        if path is None and HUB_ID.fullmatch(name) and not Path(name).suffix:
+        path = find_path(name, places[:-2] if climbs(name) else places)  # places[:-2] is the recipe's data_root, if any
+        if path is None and climbs(name):
+            problems.append(
+                (here, f"{name} leads out of the card's folder; use the recipe's data_root, or an absolute path")
+            )
+        elif path is None and HUB_ID.fullmatch(name) and not Path(name).suffix:
             problems.append(
                 (here, f"there is no file {name}; for the Hub dataset write {{hub: {name}, revision: <commit>}}")
             )

@@ -17,11 +17,11 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit.data_cards import DataCard, HubSource, data_suffix, template_columns
+from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, data_suffix, template_columns
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
 __all__ = [
@@ -54,6 +54,8 @@ class Demonstration:
     completion: str
     where: str
     """File and line, "data/mine.jsonl:31"."""
+    special_tokens: SpecialTokens = "escape"
+    """The card's, of every row."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,21 @@ class Preference:
     where: str
     margin: float | None = None
     annotator: str | None = None
+    special_tokens: SpecialTokens = "escape"
 
 
 @dataclass(frozen=True)
 class PromptRow:
     prompt: Prompt
     where: str
+    special_tokens: SpecialTokens = "escape"
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
     where: str
+    special_tokens: SpecialTokens = "escape"
 
 
 Row = Demonstration | Preference | PromptRow | Text
@@ -152,7 +157,7 @@ def prompts_of(examples: Examples) -> Examples:
         for row in side:
             if _key(row) not in seen:
                 seen.add(_key(row))
-                prompts.append(PromptRow(row.prompt, row.where))
+                prompts.append(PromptRow(row.prompt, row.where, row.special_tokens))
     repeated = len(examples.train) + len(examples.heldout) - len(seen)
     dropped = {name: number for name, number in examples.counts.items() if name != "kept"}
     if repeated:
@@ -165,7 +170,10 @@ def _examples(card: DataCard, train: list[Row], heldout: list[Row], counts: Mapp
     digest = hashlib.sha256()
     for side in (train, heldout):
         for row in side:
-            digest.update(_encode({**vars(row), "where": ""}).encode() + b"\n")
+            content = {**vars(row), "where": ""}
+            if row.special_tokens == "escape":  # the hash that such rows had before there was a choice
+                del content["special_tokens"]
+            digest.update(_encode(content).encode() + b"\n")
         digest.update(b"\n")
     return Examples(card, train, heldout, dict(counts), digest.hexdigest())
 
@@ -213,7 +221,7 @@ def _canonical(
                 counts[f"filters.where.{unmet[0]}"] += 1
                 continue
             try:
-                yield _row(card, cells, where)
+                yield replace(_row(card, cells, where), special_tokens=card.special_tokens)
             except _Broken as problem:
                 counts[problem.reason] += 1
                 broken.append(printable(f"{where}: {problem.detail}"))

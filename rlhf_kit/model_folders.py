@@ -29,6 +29,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model"}
 """Files of which a folder with a tokenizer has at least one."""
+NEVER_OPENED = ("special_tokens_map_file", "added_tokens_file")
+"""Keys of tokenizer configurations that name files, which older versions wrote and nobody reads."""
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """What is fetched of a Hub model beside its weights; and *.py where its code is trusted."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -197,10 +199,9 @@ class ModelFolder:
     def _tokenizer_problems(self, name: str, config: dict[str, Any]) -> Iterator[str]:
         at = self.folder / name
         for key, value in config.items():
-            is_path = key in ("vocab", "merges", "gguf_file") or (
-                key.endswith("_file") and key not in ("special_tokens_map_file", "added_tokens_file")  # never opened
-            )
-            if is_path and isinstance(value, str) and (not key.endswith("_file") or not _is_plain(value)):
+            if not isinstance(value, str) or key in NEVER_OPENED:
+                continue
+            if key in ("vocab", "merges", "gguf_file") or (key.endswith("_file") and not _is_plain(value)):
                 yield (
                     f"{at} sets {key} to a path ({_seen(config, key)}); a tokenizer is read from its own folder only, "
                     "so take the key out"

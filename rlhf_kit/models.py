@@ -39,6 +39,7 @@ from rlhf_kit import artifacts, recipe
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.model_folders import check_adapter, opened
+from rlhf_kit.settings import without_local_paths
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every layer of every pass
 
@@ -269,14 +270,17 @@ def add_adapter(
 
 
 def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = "default") -> None:
-    """Write one adapter as standard PEFT files, with its head where it has one, naming the base as the recipe does."""
+    """Write one adapter as standard PEFT files, with its head where it has one.
+
+    It names the base as the recipe does: a Hub id, a folder's path below the working directory, or the folder's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})  # one key: several come in random order
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
-    config.base_model_name_or_path = base.model
+    config.base_model_name_or_path = without_local_paths(base.model)
     config.revision = None if Path(base.model).is_dir() else base.revision
     config.save_pretrained(str(folder))
 
@@ -375,6 +379,9 @@ class SharedBase:
         config = LoraConfig.from_pretrained(str(folder))
         config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
         config.lora_dropout = 0.0
+        config.base_model_name_or_path = (
+            self.causal.name_or_path
+        )  # PEFT warns of another name; `_copy_lora` looks closer
         if self.peft is None:
             self.peft = get_peft_model(self.causal, config, adapter_name=role)
         else:

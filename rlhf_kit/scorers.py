@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_kit.chat_templates import try_template
+from rlhf_kit.collate import encode_chat, hide_special_tokens, special_tokens_pattern
 from rlhf_kit.errors import InputError, did_you_mean, first_line
 from rlhf_kit.examples import Prompt
 from rlhf_kit.model_folders import opened
@@ -101,23 +103,28 @@ class ClassifierScorer:
                 f"reward: {name}: has {self.model.config.num_labels} labels; a reward model has one, its score. "
                 "Wrap it in a function (package.module:function) that turns its labels into one number."
             )
+        if self.tokenizer.chat_template:
+            try_template(self.tokenizer, f"reward: {name}")
+        self.special = special_tokens_pattern(self.tokenizer)
         self.model.to(device).eval().requires_grad_(False)
         self.limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def render(self, prompt: Prompt, completion: str) -> list[int]:
-        """Return the token ids of one dialogue in this model's own format."""
+        """Return the tokens of one dialogue in this model's own format; text that spells special tokens stays text."""
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            text = self.tokenizer.apply_chat_template(
-                [*turns, {"role": "assistant", "content": completion}], tokenize=False
-            )
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            turns, hidden = hide_special_tokens([*turns, {"role": "assistant", "content": completion}], self.special)
+            try:
+                text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            except Exception as error:  # a template is somebody's program
+                raise InputError(f"reward: {self.name}: its chat template fails: {first_line(error)}") from error
+            return encode_chat(self.tokenizer, text, hidden)
         if not isinstance(prompt, str):
             raise InputError(
                 f"reward: {self.name}: its tokenizer has no chat template, but the prompts are chat messages; use a "
                 "reward model with a template, or a function."
             )
-        return self.tokenizer(prompt + completion)["input_ids"]
+        return self.tokenizer(prompt + completion, split_special_tokens=True)["input_ids"]
 
     @torch.no_grad()
     def __call__(self, written: Written) -> Tensor:

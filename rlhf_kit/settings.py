@@ -177,6 +177,11 @@ def find_path(written: str, places: Sequence[Path]) -> Path | None:
     return None
 
 
+def climbs(written: str) -> bool:
+    """Return whether a relative path leads out of the folder that it is looked for in."""
+    return os.path.normpath(written).split(os.sep)[0] == ".." and not os.path.isabs(written)
+
+
 def not_found(written: str, places: Sequence[Path]) -> str:
     """Return the end of a message about a path that `find_path` did not find: the nearest name, or where it looked."""
     if "$" in written:
@@ -192,3 +197,15 @@ def not_found(written: str, places: Sequence[Path]) -> str:
     if folders == [Path()]:
         return ""
     return f" (looked in {', '.join('the working directory' if p == Path() else str(p) for p in folders)})"
+
+
+def without_local_paths(value: Any) -> Any:
+    """Return a JSON value in which a text that is an absolute path is its last part: "/home/me/m" becomes "m".
+
+    For what leaves the machine with an adapter. Paths below the working directory are relative already (`find_path`).
+    """
+    if isinstance(value, Mapping):
+        return {key: without_local_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_local_paths(item) for item in value]
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value

@@ -18,7 +18,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"marked_yaml", "settings"},
     {"recipe", "maths", "model_folders"},
     {"data_cards", "artifacts"},
-    {"examples", "batches"},
+    {"examples", "batches", "chat_templates"},
     {"collate", "check"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics"},
     {"rollout", "evaluation", "training"},
@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "examples",
     "check",
     "model_folders",
+    "chat_templates",
     "report",
 )
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "bitsandbytes"}
