@@ -99,9 +99,7 @@ def _try_here(order: dict[str, Any]) -> str:
                     **order["known"],
                 )
             except MemoryError:
-                return (
-                    f"needs more than {BYTES // 2**20} MiB of memory for a dialogue of {len(dialogue)} short messages"
-                )
+                return f"needs more than {BYTES // 2**20} MiB for a dialogue of {len(dialogue)} short messages"
             except Exception:  # told where it is used, in the words of that place
                 continue
             if len(text) > LETTERS:

@@ -299,6 +299,8 @@ def _sources(
         elif path.is_dir():
             inside = sorted(entry.name for entry in path.iterdir() if data_suffix(entry) is not None)
             problems.append((here, f"{path} is a folder; name the files in it{': ' * bool(inside)}{', '.join(inside)}"))
+        elif not path.is_file():
+            problems.append((here, f"{path} is a device or a pipe; name a file"))
         elif data_suffix(path) is None:
             problems.append((here, f"{path}: files end in {', '.join(SUFFIXES)}, or these and .gz"))
         else:

@@ -8,18 +8,29 @@ from collections.abc import Iterable, Sequence
 __all__ = ["Diverged", "InputError", "Interrupted", "did_you_mean", "first_line", "printable"]
 
 
+MOST = 100
+"""Problems that one InputError tells."""
+LONGEST = 2_000
+"""Letters of a problem that are told."""
+
+
 class InputError(Exception):
     """What the user gave us is wrong: recipe, data card, data or arguments. Ends the process with exit code 2.
 
     A message says where, what, what was seen and what would work:
     `recipes/my.yaml:31: stages.ppo.kl_coeff: unknown key; did you mean kl_coef?`
-    Several problems found together are given as a sequence; `str()` puts each on its own line.
+    Several problems found together are given as a sequence; `str()` puts each on its own line. What they quote of the
+    input cannot break a line, colour the terminal or fill it: a problem is printable and shortened, and of very many
+    the first are told.
     """
 
     problems: tuple[str, ...]
 
     def __init__(self, message: str | Sequence[str]):
-        self.problems = (message,) if isinstance(message, str) else tuple(message)
+        given = [message] if isinstance(message, str) else list(dict.fromkeys(message))
+        told = [problem if len(problem) <= LONGEST else problem[:LONGEST] + " …" for problem in given[:MOST]]
+        more = [f"and {len(given) - MOST:,} more problems"] if len(given) > MOST else []
+        self.problems = tuple(map(printable, [*told, *more]))
         super().__init__(message)  # the argument itself, so that the exception survives pickling
 
     def __str__(self) -> str:

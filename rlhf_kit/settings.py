@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,7 +149,10 @@ def read_text(path: Path, what: str, suffixes: Sequence[str]) -> str:
             raise InputError(
                 f"{path}: is a folder; name the {what} file in it{': ' if names else ''}{', '.join(names)}"
             )
-        size = path.stat().st_size
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError(f"{path}: is a device or a pipe; name a {what} file")
+        size = about.st_size
         if size > MAX_BYTES:
             raise InputError(f"{path}: {size:,} bytes is more than the {MAX_BYTES:,} a {what} may have; wrong file?")
         return path.read_bytes().decode("utf-8-sig")
