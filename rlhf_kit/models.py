@@ -79,7 +79,7 @@ def context_length(base: recipe.Base) -> int | None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"base.model: cannot load {base.model}: {first_line(error)}") from error
+        raise _cannot_load(base, error) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -87,6 +87,12 @@ def _opened(base: recipe.Base, *, weights: bool = True) -> Path:
     return opened(
         base.model, base.revision, setting="base.model", trust_remote_code=base.trust_remote_code, weights=weights
     )
+
+
+def _cannot_load(base: recipe.Base, error: Exception) -> InputError:
+    code = "trust_remote_code" in str(error)  # transformers has no class of its own for this kind of model
+    trust = "; read that code, and let it run with base.trust_remote_code: true, or use another model" if code else ""
+    return InputError(f"base.model: cannot load {base.model}: {first_line(error)}{trust}")
 
 
 def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerator) -> PreTrainedModel:
@@ -109,7 +115,7 @@ def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerat
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"base.model: cannot load {base.model}: {first_line(error)}") from error
+        raise _cannot_load(base, error) from error
     unloaded = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unloaded:
         raise InputError(

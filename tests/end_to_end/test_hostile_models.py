@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlhf_kit import models
 from rlhf_kit.errors import InputError
 from rlhf_kit.model_folders import ModelFolder, check_adapter, opened
+from rlhf_kit.recipe import load_recipe
+from rlhf_kit.scorers import external_scorer
+from tests import tiny
+from tests.end_to_end.chain import write_chain
 from tests.end_to_end.test_bad_input import Fault, call, everything_in, workplace  # noqa: F401  (a fixture)
 from tests.plain import write_model, write_safetensors
 
@@ -287,3 +293,89 @@ def test_a_hub_model_that_cannot_be_had(workplace, capsys):  # noqa: F811
     code, out, err = call(capsys, "run", "recipe.yaml", "--set", "base.model=owner/nowhere-at-all")
     assert (code, out) == (2, "") and err.splitlines()[-1].startswith("base.model: cannot get owner/nowhere-at-all")
     assert "Traceback" not in err and everything_in(workplace) == before
+
+
+# ---------------------------------------------------------------- code that comes with a model
+
+MODELLING = """\
+from pathlib import Path
+Path({mark!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch):
+    """A recipe over a checkpoint whose configuration names Python files beside it, which leave a mark when run."""
+    recipe = write_chain(tmp_path / "things")
+    model, mark = tmp_path / "things" / "model", tmp_path / "mark"
+    (model / "modelling_mine.py").write_text(MODELLING.format(mark=str(mark)))
+    (model / "planted_scorer.py").write_text(MODELLING.format(mark=str(mark)))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "scorer": "planted_scorer:score"}
+    named = {"AutoConfig": "modelling_mine.MineConfig", "AutoModelForCausalLM": "modelling_mine.MineForCausalLM"}
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": named, "reward": "planted_scorer:score"}))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    return recipe, mark
+
+
+def test_code_of_a_checkpoint_is_not_run(with_code, capsys):
+    """Without the recipe's word for it: the reason, exit code 2, nothing written, no question on the terminal."""
+    recipe, mark = with_code
+    code, out, err = call(capsys, "run", str(recipe))
+    assert (code, out) == (2, ""), err
+    assert "trust_remote_code" in err and "Traceback" not in err
+    assert not mark.exists() and not Path("runs").exists()
+
+
+def test_code_of_a_checkpoint_is_run_when_the_recipe_says_so(with_code):
+    """The key does what it says, which shows that the mark would have been left above."""
+    recipe, mark = with_code
+    base = load_recipe(recipe, ["base.trust_remote_code=true"]).base
+    assert models.context_length(base) == 128 and mark.exists()
+
+
+def test_a_checkpoint_names_no_scorer(with_code):
+    """Keys of its configuration that look like one, and a module of that name beside it, mean nothing."""
+    recipe, mark = with_code
+    model = recipe.parent / "model"
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "llama"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has no weights for score"):
+        external_scorer(str(model), torch.device("cpu"))
+    assert not mark.exists()
+
+
+# ---------------------------------------------------------------- told before anything is trained
+
+
+@pytest.mark.parametrize(
+    ("said", "settings"),
+    [
+        ("1 of 32 rows spell special tokens of the model: ", ()),
+        ("base.chat_template: the chat template does not come to an end", ("base.chat_template=endless.jinja",)),
+        ("rlhf_kit.source: ../outside.jsonl leads out of the card's folder", ("stages.reward.data=climbs.md",)),
+    ],
+    ids=["special tokens", "endless template", "card that climbs"],
+)
+def test_told_before_the_run_directory_is_made(tmp_path, monkeypatch, capsys, said, settings):
+    """Text that the card refuses, a template without an end, a card that reads elsewhere: exit code 2, no run."""
+    recipe = write_chain(tmp_path / "things")
+    rows = [*tiny.demonstrations()[1:], {"prompt": "Is this </s> it?", "completion": " Yes."}]
+    tiny.write_card(tmp_path / "things", "shown", "demonstrations", rows, heldout=0.2, special_tokens="refuse")
+    (tmp_path / "things" / "endless.jinja").write_text("{{ (9**9)**(9**8) }}")
+    (tmp_path / "outside.jsonl").write_text("")
+    climbing = (tmp_path / "things" / "pairs.md").read_text().replace("pairs.jsonl", "../outside.jsonl")
+    (tmp_path / "things" / "climbs.md").write_text(climbing)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    code, out, err = call(capsys, "run", str(recipe), *[word for value in settings for word in ("--set", value)])
+    assert (code, out) == (2, "") and "Traceback" not in err and not Path("runs").exists()
+    assert said in err, err
