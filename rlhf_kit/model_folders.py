@@ -298,7 +298,7 @@ def _entry_problems(folder: Path) -> Iterator[str]:
         home = folder.resolve(strict=True)
         inside = [home]
         if home.parent.name == "snapshots":
-            inside += [home.parents[1] / "blobs", home.parents[2] / "blobs"]  # its own, and the cache's shared ones
+            inside += [place / "blobs" for place in home.parents[1:3]]  # its own, and the cache's shared ones
         templates = folder / "additional_chat_templates"
         entries = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
     except OSError as error:

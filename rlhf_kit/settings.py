@@ -20,7 +20,7 @@ from rlhf_kit.marked_yaml import KeyPath, MarkedYaml
 
 MAX_BYTES = 1_000_000
 """Recipes and cards are a page or a few long; something larger is another file."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class Settings(BaseModel):

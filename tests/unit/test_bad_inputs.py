@@ -29,7 +29,7 @@ def workplace(tmp_path, monkeypatch):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 @example(case=Case({}))
-@example(case=Case({"recipe.yaml": RECIPE.replace("model: model", "model: a/" + "b" * 300).encode()}))
+@example(case=Case({"recipe.yaml": RECIPE.replace("model: model", "model: model/" + "b" * 300).encode()}))
 @example(case=Case({"recipe.yaml": RECIPE.replace("shown.md", "/dev/zero").encode()}))
 @example(case=Case({"asked.jsonl": b'{"prompt": "\\ud800"}\n'}))
 @example(case=Case({}, ("x", "x")))
