@@ -28,9 +28,10 @@ class InputError(Exception):
 
     def __init__(self, message: str | Sequence[str]):
         given = [message] if isinstance(message, str) else list(dict.fromkeys(message))
-        told = [problem if len(problem) <= LONGEST else problem[:LONGEST] + " …" for problem in given[:MOST]]
-        more = [f"and {len(given) - MOST:,} more problems"] if len(given) > MOST else []
-        self.problems = tuple(map(printable, [*told, *more]))
+        if len(given) > MOST + 1:  # the one more tells how many are left out, also when it is raised anew
+            given = [*given[:MOST], f"and {len(given) - MOST:,} more problems"]
+        short = [problem if len(problem) <= LONGEST else problem[:LONGEST] + " …" for problem in given]
+        self.problems = tuple(map(printable, short))
         super().__init__(message)  # the argument itself, so that the exception survives pickling
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gzip
 import json
 import os
@@ -33,7 +34,7 @@ from rlhf_kit.check import check_recipe
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import read_yaml, write_yaml
 from rlhf_kit.recipe import load_recipe
-from tests.plain import CARD, QUESTIONS, RECIPE, make_workplace
+from tests.plain import CARD, QUESTIONS, RECIPE, make_workplace, write_model
 
 SECONDS = 20.0
 """Of computing that a case may take; the longest take about two on an idle core."""
@@ -73,9 +74,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, text: str) -> str:
-    """YAML in which a few values were replaced, removed, renamed or added."""
-    data = read_yaml(text, "whole").value
+def changed(draw: st.DrawFn, data: Any) -> Any:
+    """Plain data in which a few values were replaced, removed, renamed or added."""
+    data = copy.deepcopy(data)
     for _ in range(draw(st.integers(1, 4))):
         ways = list(places(data))
         if not ways:
@@ -93,11 +94,17 @@ def mutated(draw: st.DrawFn, text: str) -> str:
                 target[draw(st.text(max_size=6))] = target.pop(key)
             case _ if isinstance(target, dict):
                 target[draw(st.sampled_from(KEYS))] = draw(JUNK)
-    return write_yaml(data)
+    return data
+
+
+def mutated(text: str) -> st.SearchStrategy[str]:
+    """YAML in which a few values were replaced, removed, renamed or added."""
+    return changed(read_yaml(text, "whole").value).map(write_yaml)
 
 
 KEYS = ["kind", "init", "reward", "updates", "x", "model", "base", "source", "heldout", "columns", "filters", "where",
-        "special_tokens", "trust_remote_code", "data_root", "evaluation", "gold", "chat_template"]  # fmt: skip
+        "special_tokens", "trust_remote_code", "data_root", "evaluation", "gold", "chat_template", "auto_map", "vocab",
+        "num_hidden_layers", "text_config", "weight_map", "max_position_embeddings"]  # fmt: skip
 
 
 @st.composite
@@ -212,6 +219,22 @@ def other_file(draw: st.DrawFn, name: str) -> dict[str, bytes]:
 
 
 DROPPING = CARD.replace("source:", "on_problem: drop\n  source:")
+
+
+@st.composite
+def model_file(draw: st.DrawFn) -> dict[str, bytes]:
+    """A file of the checkpoint gone wrong."""
+    name = draw(st.sampled_from(sorted(MODEL)))
+    text = json.dumps(draw(changed(MODEL[name])))
+    text = draw(st.just(text) | slipped(text) | piled_up(text))
+    return {f"model/{name}": text.encode("utf-8", "surrogatepass")}
+
+
+with tempfile.TemporaryDirectory() as _folder:  # the tokenizer and configuration of `make_workplace`
+    MODEL = {path.name: json.loads(path.read_text()) for path in write_model(Path(_folder, "model")).glob("*.json")}
+MODEL["tokenizer_config.json"] |= {"bos_token": "<s>", "added_tokens_decoder": {"0": {"content": "a"}}}
+MODEL["tokenizer.json"]["model"]["vocab"] = {"a": 0, "b": 1}
+MODEL["model.safetensors.index.json"] = {"weight_map": {"a": "model.safetensors"}}
 NAMES = st.sampled_from(sorted(KINDS))
 OVERRIDE = st.text(max_size=30) | st.builds(
     "{}={}".format,
@@ -226,7 +249,7 @@ def cases(draw: st.DrawFn) -> Case:
     files: dict[str, bytes] = {}
     overrides: list[str] = []
     for _ in range(draw(st.integers(1, 2))):
-        match draw(st.sampled_from(["recipe", "recipe", "card", "card", "rows", "rows", "file", "override"])):
+        match draw(st.sampled_from(["recipe", "recipe", "card", "card", "rows", "rows", "file", "override", "model"])):
             case "recipe":
                 files["recipe.yaml"] = draw(written_wrong(RECIPE))
             case "card":
@@ -239,6 +262,8 @@ def cases(draw: st.DrawFn) -> Case:
                     files[f"{name}.md"] = DROPPING.format(kind=KINDS[name], name=name).encode()
             case "file":
                 files |= draw(NAMES.flatmap(other_file))
+            case "model":
+                files |= draw(model_file())
             case "override":
                 overrides.append(draw(OVERRIDE))
     return Case(files, tuple(overrides))

@@ -104,6 +104,7 @@ class TestMessages:
         assert InputError(["a", "b", "a"]).problems == ("a", "b")
         many = InputError([f"{number}" for number in range(MOST + 7)]).problems
         assert len(many) == MOST + 1 and many[-1] == "and 7 more problems"
+        assert InputError(many).problems == many
         (long,) = InputError("x" * 10_000).problems
         assert long == "x" * LONGEST + " …"
 
