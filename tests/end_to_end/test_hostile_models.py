@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rlhf_kit.model_folders import ModelFolder, check_adapter, opened
 from rlhf_kit.recipe import load_recipe
 from rlhf_kit.scorers import external_scorer
 from tests import tiny
-from tests.end_to_end.chain import write_chain
+from tests.end_to_end.chain import ROOT, write_chain
 from tests.end_to_end.test_bad_input import Fault, call, everything_in, workplace  # noqa: F401  (a fixture)
 from tests.plain import write_model, write_safetensors
 
@@ -285,6 +287,37 @@ def test_what_is_fetched_is_looked_at(tmp_path, monkeypatch):
     (snapshot / "special_tokens_map.json").write_text('{"merges": "/etc/hostname"}')
     with pytest.raises(InputError, match=r"^base\.model: .*special_tokens_map\.json sets merges to a path"):
         opened("owner/looked-at", "main", setting="base.model")
+
+
+def test_a_hub_model_is_loaded_from_its_snapshot(tmp_path):
+    """With the Hub's own client and cache, offline: links to blobs load, a link to elsewhere is refused."""
+    snapshot = as_snapshot(tiny.make_checkpoint(tmp_path / "model"), tmp_path / "hf" / "hub")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "script.py").write_text(OPENS_TWICE)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "script.py", str(snapshot / "special_tokens_map.json")]
+    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    first, second = found.stdout.splitlines()
+    assert first == "LlamaForCausalLM" and "special_tokens_map.json is a link out of its folder" in second
+
+
+OPENS_TWICE = """\
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from rlhf_kit import collate, models
+from rlhf_kit.errors import InputError
+from rlhf_kit.recipe import Base
+
+base = Base(model="owner/name")
+print(type(models.load_base(base, collate.load_text_format(base), Accelerator(cpu=True))).__name__)
+Path(sys.argv[1]).symlink_to(Path("secret").resolve())
+try:
+    collate.load_text_format(base)
+except InputError as error:
+    print(error)
+"""
 
 
 def test_a_hub_model_that_cannot_be_had(workplace, capsys):  # noqa: F811
