@@ -392,7 +392,7 @@ def test_a_checkpoint_names_no_scorer(with_code):
 @pytest.mark.parametrize(
     ("said", "settings"),
     [
-        ("1 of 32 rows spell special tokens of the model: ", ()),
+        ("1 of 32 rows spell special tokens of the model: ", ("stages.sft.truncate=drop",)),
         ("base.chat_template: the chat template does not come to an end", ("base.chat_template=endless.jinja",)),
         ("rlhf_kit.source: ../outside.jsonl leads out of the card's folder", ("stages.reward.data=climbs.md",)),
     ],
