@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint audit clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ lint: .venv/.installed-checks  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: .venv/.installed-audit  ## known vulnerabilities of the pinned versions; asks a service on the network
+	.ci/audit '$(TORCH)'
 
 clean:  ## remove .venv and the checkers' caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -44,4 +47,8 @@ clean:  ## remove .venv and the checkers' caches; runs/ stays
 
 .venv/.installed-checks: .venv/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+.venv/.installed-audit: .venv/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[audit]'
 	@touch $@

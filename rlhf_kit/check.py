@@ -8,11 +8,9 @@ are read by `run` only, which fetches them.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from rlhf_kit.examples import (
     load_examples,
     prompts_of,
 )
+from rlhf_kit.model_folders import ModelFolder
 from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
     problems += _function_problems(recipe)
     for name, stage in recipe.stages.items():
         if isinstance(stage, PPOStage) and recipe.reward_source(name) == "model" and Path(stage.reward).is_dir():
-            folder_problems = BaseFolder(Path(stage.reward)).problems()
+            folder_problems = ModelFolder(Path(stage.reward)).problems()
             problems += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in folder_problems]
     if base is not None:
         problems += _length_problems(recipe, base, examples)
@@ -161,143 +160,11 @@ def _function_problems(recipe: Recipe) -> Iterable[str]:
 # ---------------------------------------------------------------- the base
 
 
-@dataclass
-class BaseFolder:
-    """A checkpoint in a local folder, looked at without loading it."""
-
-    folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def problems(self) -> list[str]:
-        """Return what keeps the folder from being loaded: no configuration, pickles, files cut off, no tokenizer."""
-        found: list[str] = []
-        names = {entry.name for entry in self.folder.iterdir()}
-        if "config.json" in names:
-            try:
-                self.config = _json(self.folder / "config.json")
-            except InputError as error:
-                found += error.problems
-        elif "adapter_config.json" in names:
-            found.append(f"{self.folder} is an adapter and not a model; name the model that it belongs to")
-        else:
-            found.append(f"{self.folder} has no config.json, so it is no checkpoint of transformers{_inside(names)}")
-        if "config.json" in names:
-            found += self._weight_problems(names)
-        if self.config.get("is_encoder_decoder"):
-            found.append(
-                f"{self.folder}: {self.config.get('model_type')} is an encoder-decoder; use a decoder-only model"
-            )
-        if "config.json" in names and not names & TOKENIZERS:
-            found.append(f"{self.folder} has no tokenizer ({', '.join(sorted(TOKENIZERS))}); copy it from the original")
-        return found
-
-    def _weight_problems(self, names: set[str]) -> Iterable[str]:
-        index = "model.safetensors.index.json"
-        if "model.safetensors" in names:
-            shards = ["model.safetensors"]
-        elif index in names:
-            try:
-                shards = sorted(set(_json(self.folder / index)["weight_map"].values()))
-            except (InputError, KeyError, TypeError, AttributeError):
-                yield f"{self.folder / index} is not an index of weights; get it again"
-                return
-        else:
-            pickles = sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt"))
-            yield (
-                f"{self.folder} has pickled weights only ({', '.join(pickles)}), which can run any code when they are "
-                "read; convert them to model.safetensors, or use a revision that has it"
-                if pickles
-                else f"{self.folder} has no model.safetensors{_inside(names)}"
-            )
-            return
-        for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                yield f"{self.folder / index} names {shard!r}, which is no file of the folder; get it again"
-            elif shard not in names:
-                yield f"{self.folder} has no {shard}, which {index} names; get it again"
-            else:
-                try:
-                    safetensors_header(self.folder / shard)
-                except InputError as error:
-                    yield from error.problems
-
-    @cached_property
-    def parameters(self) -> int:
-        """How many numbers the weights hold."""
-        headers = [safetensors_header(path) for path in sorted(self.folder.glob("model*.safetensors"))]
-        return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
-
-    @property
-    def context(self) -> int | None:
-        """Tokens that the model reads at most, where its configuration says so."""
-        context = self.config.get("max_position_embeddings", self.config.get("n_positions"))
-        return context if isinstance(context, int) else None
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """The fast tokenizer without its special tokens, or None if there is only a slow one."""
-        path = self.folder / "tokenizer.json"
-        if not path.exists():
-            return None
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise InputError(f"{path} is not a tokenizer: {error}; get it again") from None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        return tokenizer
-
-
-TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model"}
-"""Files of which a folder with a tokenizer has at least one."""
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the tensors of a weights file, by name: {"dtype", "shape", "data_offsets"}.
-
-    Raises:
-        InputError: the file is cut off, or something else.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start.startswith(b"version "):
-            raise InputError(f"{path} is a git-lfs pointer and not the weights; get them with git lfs pull")
-        try:
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise ValueError
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path} is not a safetensors file; get it again") from None
-    if size != end:
-        raise InputError(f"{path} has {size:,} bytes and should have {end:,}: it is cut off; get it again")
-    return header
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}; get it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold an object; get it again")
-    return content
-
-
-def _inside(names: Iterable[str]) -> str:
-    return f" (in it: {', '.join(sorted(names)[:6])})" if names else " (it is empty)"
-
-
-def _base(recipe: Recipe, problems: list[str]) -> BaseFolder | None:
+def _base(recipe: Recipe, problems: list[str]) -> ModelFolder | None:
     """Return the base if it is a folder that can be looked into; say what is wrong with it."""
     if not recipe.is_local_base:
         return None
-    base = BaseFolder(Path(recipe.base.model))
+    base = ModelFolder(Path(recipe.base.model), recipe.base.trust_remote_code)
     found = [f"{recipe.where('base.model')}: {problem}" for problem in base.problems()]
     if not found:
         try:
@@ -345,7 +212,7 @@ def longest(rows: Sequence[Any], tokenizer: Tokenizer, room: int | None) -> tupl
     return max((length for _, length in lengths), default=0), list(over.items())
 
 
-def _length_problems(recipe: Recipe, base: BaseFolder, examples: Mapping[str, Examples]) -> Iterable[str]:
+def _length_problems(recipe: Recipe, base: ModelFolder, examples: Mapping[str, Examples]) -> Iterable[str]:
     context = base.context
     last: PPOStage | None = None
     for name, stage in recipe.stages.items():
@@ -369,7 +236,7 @@ def _length_problems(recipe: Recipe, base: BaseFolder, examples: Mapping[str, Ex
 
 
 def _prompt_problems(
-    at: str, card: str, max_new_tokens: int, truncate: str, base: BaseFolder, examples: Mapping[str, Examples]
+    at: str, card: str, max_new_tokens: int, truncate: str, base: ModelFolder, examples: Mapping[str, Examples]
 ) -> Iterable[str]:
     if base.context is None:
         return
@@ -383,7 +250,7 @@ def _prompt_problems(
 
 
 def _too_long(
-    at: str, card: str, rows: Sequence[Any], base: BaseFolder, room: int | None, limit: str, also: str
+    at: str, card: str, rows: Sequence[Any], base: ModelFolder, room: int | None, limit: str, also: str
 ) -> Iterable[str]:
     if base.tokenizer is None:
         return
@@ -400,7 +267,7 @@ def _too_long(
 
 
 def _lines(
-    recipe: Recipe, base: BaseFolder | None, cards: Mapping[str, DataCard], examples: Mapping[str, Examples]
+    recipe: Recipe, base: ModelFolder | None, cards: Mapping[str, DataCard], examples: Mapping[str, Examples]
 ) -> list[str]:
     settings = recipe.base
     weights = {"none": settings.dtype, "8bit": f"8-bit ({settings.dtype})", "4bit": f"4-bit ({settings.dtype})"}
@@ -430,7 +297,7 @@ def _lines(
     return lines
 
 
-def _card_lines(path: str, card: DataCard, found: Examples | None, base: BaseFolder | None) -> list[str]:
+def _card_lines(path: str, card: DataCard, found: Examples | None, base: ModelFolder | None) -> list[str]:
     if found is None:
         return [f"data     {path}: {card.kind} of {card.sources}, not fetched by check"]
     line = (

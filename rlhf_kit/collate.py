@@ -3,7 +3,8 @@
 Every stage sees a dialogue as the same tokens: prompt ids, then completion ids that end with the end token. The ids of
 a prompt never depend on the completion, for PPO knows only the prompt. What a tokenizer lacks (a padding token, a chat
 template) is chosen here, and `TextFormat.notes` says what and why. Text of the data that spells a special token
-("</s>") stays text: only the template, the tokenizer's BOS and the end token put special tokens into a row.
+("</s>") stays text unless its card says otherwise: only the template, the tokenizer's BOS and the end token put special
+tokens into a row.
 
 Not here: packing several rows into one, chunking long texts, tools and thinking blocks of chat templates.
 """
@@ -23,14 +24,16 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_kit import recipe
 from rlhf_kit.batches import Comparisons, PromptBatch
-from rlhf_kit.errors import InputError
+from rlhf_kit.chat_templates import try_template
+from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Ranking, Text, probability_of
+from rlhf_kit.model_folders import opened
+from rlhf_kit.settings import read_text
 
 IGNORED = -100
 """The label of a token without a loss."""
@@ -45,6 +48,7 @@ disagree about which side of a word a space belongs to."""
 
 _PAD_NAME = re.compile(r"pad|reserved|unused", re.IGNORECASE)
 _PROBE = "\ue002"  # private use: in no template
+_MARKS = re.compile("[\ue000\ue001]")
 _HIDDEN = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -73,36 +77,40 @@ class TextFormat:
         """
         return prompt if isinstance(prompt, str) else self._render(prompt)
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Return the prompt's tokens; a completion's come right behind them."""
+    def prompt_ids(self, prompt: Prompt, *, allow_special: bool = False) -> list[int]:
+        """Return the prompt's tokens; a completion's come right behind them.
+
+        allow_special: text that spells a special token becomes that token; here as in the methods below.
+        """
         if isinstance(prompt, str):
-            return [*self.start_ids, *self._encode(prompt)]
-        ids = self._encode_chat(*self._render_hiding(prompt))
+            return [*self.start_ids, *self._encode(prompt, special=allow_special)]
+        ids = self._encode_chat(*self._render_hiding(prompt, allow_special))
         return [*self.start_ids, *ids] if self.template_origin == "plain" else ids
 
-    def completion_ids(self, prompt: Prompt, completion: str) -> list[int]:
+    def completion_ids(self, prompt: Prompt, completion: str, *, allow_special: bool = False) -> list[int]:
         """Return the completion's tokens, the end token last, to stand behind `prompt_ids(prompt)`.
 
         Prompt and completion are tokenised together where that leaves the prompt's tokens unchanged; where a token
         would cross the border, the completion is tokenised behind a newline, so that no space is added before it.
         """
         if isinstance(prompt, str):
-            before = self._encode(prompt)
-            together = self._encode(prompt + completion)
+            before = self._encode(prompt, special=allow_special)
+            together = self._encode(prompt + completion, special=allow_special)
         else:
-            text, hidden = self._render_hiding(prompt)
+            text, hidden = self._render_hiding(prompt, allow_special)
             before = self._encode_chat(text, hidden)
-            together = [] if self._special.search(completion) else self._encode_chat(text + completion, hidden)
+            apart = not allow_special and (self.spells_special(completion) or _MARKS.search(completion))
+            together = [] if apart else self._encode_chat(text + completion, hidden)
         if together[: len(before)] == before and len(together) > len(before):
             return [*together[len(before) :], self.end_id]
-        newline, behind = self._encode("\n"), self._encode("\n" + completion)
+        newline, behind = self._encode("\n"), self._encode("\n" + completion, special=allow_special)
         if behind[: len(newline)] == newline:
             return [*behind[len(newline) :], self.end_id]
-        return [*self._encode(completion), self.end_id]
+        return [*self._encode(completion, special=allow_special), self.end_id]
 
-    def text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Return the tokens of a whole text, the end token last."""
-        return [*self.start_ids, *self._encode(text), self.end_id]
+        return [*self.start_ids, *self._encode(text, special=allow_special), self.end_id]
 
     def completion_text(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
         """Return what the completion adds to the prompt's text, without its end token; other special tokens show."""
@@ -113,7 +121,7 @@ class TextFormat:
         return whole.removeprefix(before) if whole.startswith(before) else self._decode(completion)
 
     def spells_special(self, text: str) -> bool:
-        """Whether the text holds the name of a special token; it is tokenised as text all the same."""
+        """Whether the text holds the name of a special token."""
         return self._special.search(text) is not None
 
     def changes(self, text: str, ids: Sequence[int]) -> bool:
@@ -137,13 +145,10 @@ class TextFormat:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        names = sorted(map(re.escape, _special_tokens(self.tokenizer)), key=len, reverse=True)
-        return re.compile("|".join(names) or r"(?!)")
+        return special_tokens_pattern(self.tokenizer)
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)[
-            "input_ids"
-        ]
+        return encode(self.tokenizer, text, special=special)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -151,32 +156,65 @@ class TextFormat:
     def _render(self, messages: Sequence[dict[str, str]]) -> str:
         try:
             return _rendered(self.tokenizer, messages, add_generation_prompt=True)
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is somebody's program
             raise InputError(
                 f"the chat template ({self.template_origin}) cannot render roles "
-                f"{', '.join(message['role'] for message in messages)}: {error}"
+                f"{', '.join(message['role'] for message in messages)}: {first_line(error)}"
             ) from error
 
-    def _render_hiding(self, messages: Sequence[dict[str, str]]) -> tuple[str, list[str]]:
+    def _render_hiding(self, messages: Sequence[dict[str, str]], allow_special: bool) -> tuple[str, list[str]]:
         """Return the rendered messages with special-token text of their contents taken out, and what was taken out."""
-        hidden: list[str] = []
-
-        def hide(match: re.Match[str]) -> str:
-            hidden.append(match[0])
-            return f"\ue000{len(hidden) - 1}\ue001"
-
-        safe = [{**message, "content": self._special.sub(hide, message["content"])} for message in messages]
+        safe, hidden = (messages, []) if allow_special else hide_special_tokens(messages, self._special)
         return self._render(safe), hidden
 
     def _encode_chat(self, text: str, hidden: Sequence[str]) -> list[int]:
-        if not hidden:
-            return self._encode(text, special=True)
-        pieces = _HIDDEN.split(text)  # template text and numbers of hidden pieces in turn
-        ids: list[int] = []
-        for index, piece in enumerate(pieces):
-            if piece:
-                ids += self._encode(hidden[int(piece)]) if index % 2 else self._encode(piece, special=True)
-        return ids
+        return encode_chat(self.tokenizer, text, hidden)
+
+
+# ---------------------------------------------------------------- special tokens, and text that spells them
+
+
+def special_tokens_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what finds the text of a special token, of the longest one where several begin."""
+    names = sorted(map(re.escape, _special_tokens(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(names) or r"(?!)")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """Return the tokens of a text and no more; with `special`, text that spells a special token becomes that token."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)["input_ids"]
+
+
+def hide_special_tokens(
+    messages: Sequence[dict[str, str]], special: re.Pattern[str]
+) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the messages with the special-token text of their contents taken out, and what was taken out, in order.
+
+    Marks stand in its place; characters of the data that look like marks are taken out too.
+    """
+    hidden: list[str] = []
+    taken_out = re.compile(f"{special.pattern}|{_MARKS.pattern}")
+
+    def hide(match: re.Match[str]) -> str:
+        hidden.append(match[0])
+        return f"\ue000{len(hidden) - 1}\ue001"
+
+    return [{**message, "content": taken_out.sub(hide, message["content"])} for message in messages], hidden
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str, hidden: Sequence[str]) -> list[int]:
+    """Return the tokens of a rendered chat; what `hide_special_tokens` took out is put back as text."""
+    if not hidden:
+        return encode(tokenizer, text, special=True)
+    pieces = _HIDDEN.split(text)  # template text and numbers of hidden pieces in turn
+    ids: list[int] = []
+    for index, piece in enumerate(pieces):
+        if piece:
+            ids += encode(tokenizer, hidden[int(piece)] if index % 2 else piece, special=not index % 2)
+    return ids
+
+
+# ---------------------------------------------------------------- what a tokenizer lacks
 
 
 def load_text_format(base: recipe.Base) -> TextFormat:
@@ -189,23 +227,23 @@ def load_text_format(base: recipe.Base) -> TextFormat:
     Raises:
         InputError: there is no tokenizer, or nothing to end a completion with.
     """
+    trust = base.trust_remote_code
+    folder = opened(base.model, base.revision, setting="base.model", trust_remote_code=trust, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"base.model: cannot load a tokenizer from {base.model}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise InputError(f"base.model: cannot load a tokenizer from {base.model}: {first_line(error)}") from error
     notes = []
     origin: Literal["recipe", "tokenizer", "plain"] = "tokenizer"
     if base.chat_template is not None:
-        tokenizer.chat_template = Path(base.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(Path(base.chat_template), "chat template", (".jinja",))
         origin = "recipe"
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         origin = "plain"
         notes.append("chat template: the tokenizer has none; chat prompts become plain Human:/Assistant: text")
+    if origin != "plain":
+        try_template(tokenizer, "base.chat_template" if origin == "recipe" else f"base.model: {base.model}")
     end, why = _end_token(tokenizer, base.model, origin)
     notes.append(f"end token: {end!r}, {why}")
     pad, why = _pad_token(tokenizer, end)
@@ -226,10 +264,11 @@ def _end_token(tokenizer: PreTrainedTokenizerBase, name: str, origin: str) -> tu
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
         try:
             after = _rendered(tokenizer, turns, add_generation_prompt=False).partition(_PROBE)[2].lstrip()
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is somebody's program
+            said = f"cannot render a question and an answer: {first_line(error)}"
             if origin == "recipe":
-                raise InputError(f"base.chat_template: cannot render a question and an answer: {error}") from error
-            why += f", for the chat template ({origin}) cannot render a question and an answer: {error}"
+                raise InputError(f"base.chat_template: {said}") from error
+            why += f", for the chat template ({origin}) {said}"
         else:
             found = [token for token in _special_tokens(tokenizer) if after.startswith(token)]
             if found:
@@ -300,8 +339,8 @@ class Tokenised:
 
     rows: list[Any]
     counts: dict[str, int]
-    """Rows given, "kept", "prompt cut", "dropped: <reason>", "special-token text kept as text", "text changed by the
-    tokenizer" (completions with characters that it does not have); and "tokens"."""
+    """Rows given, "kept", "prompt cut", "dropped: <reason>", "special-token text kept as text" (or "made special
+    tokens"), "text changed by the tokenizer" (completions with characters that it does not have); and "tokens"."""
     kept: list[int]
     """For each of `rows`, its index among the rows given."""
 
@@ -319,19 +358,21 @@ def tokenise_demonstrations(
 
     max_length: tokens of a whole row. Completions are never cut: one that is too long alone is an error or dropped.
 
-    Raises: InputError naming the rows that are too long under `truncate="error"`, or when none is left.
+    Raises: InputError naming the rows that are too long under `truncate="error"` or spell special tokens where their
+        card refuses that, or when none is left.
     """
     fitting = _Fitting(text_format, max_length, truncate)
     for index, row in enumerate(rows):
+        allow = row.special_tokens == "allow"
         if isinstance(row, Text):
-            fitting.look_at(row.text)
-            prompt, completion = [], text_format.text_ids(row.text)
+            fitting.look_at(row)
+            prompt, completion = [], text_format.text_ids(row.text, allow_special=allow)
             fitting.read_back((row.text, completion[len(text_format.start_ids) :]))
         else:
-            fitting.look_at(row.prompt, row.completion)
+            fitting.look_at(row)
             with _located(row.where):
-                prompt = text_format.prompt_ids(row.prompt)
-            completion = text_format.completion_ids(row.prompt, row.completion)
+                prompt = text_format.prompt_ids(row.prompt, allow_special=allow)
+            completion = text_format.completion_ids(row.prompt, row.completion, allow_special=allow)
             fitting.read_back((row.completion, completion))
         fitted = fitting.fit(row.where, prompt, len(completion))
         if fitted is not None:
@@ -404,16 +445,17 @@ def tokenise_comparisons(
     for index, row in enumerate(rows):
         found = compared(row)
         texts, pairs = found.completions, found.pairs
-        fitting.look_at(row.prompt, *texts)
+        fitting.look_at(row)
         if ties == "drop":
             fitting.counts["tied pairs left out"] += sum(pair.probability == 0.5 for pair in pairs)
             pairs = [pair for pair in pairs if pair.probability != 0.5]
             if not pairs:
                 fitting.counts["dropped: all tied"] += 1
                 continue
+        allow = row.special_tokens == "allow"
         with _located(row.where):
-            prompt = text_format.prompt_ids(row.prompt)
-        completions = [text_format.completion_ids(row.prompt, text) for text in texts]
+            prompt = text_format.prompt_ids(row.prompt, allow_special=allow)
+        completions = [text_format.completion_ids(row.prompt, text, allow_special=allow) for text in texts]
         fitting.read_back(*zip(texts, completions, strict=True))
         fitted = fitting.fit(row.where, prompt, max(map(len, completions)))
         if fitted is not None:
@@ -450,9 +492,9 @@ def tokenise_prompts(
     """
     fitting = _Fitting(text_format, max_prompt_tokens, truncate)
     for index, row in enumerate(rows):
-        fitting.look_at(row.prompt)
+        fitting.look_at(row, prompt_only=True)
         with _located(row.where):
-            prompt = text_format.prompt_ids(row.prompt)
+            prompt = text_format.prompt_ids(row.prompt, allow_special=row.special_tokens == "allow")
         fitted = fitting.fit(row.where, prompt, 0)
         if fitted is not None:
             fitting.keep(index, fitted, len(fitted))
@@ -470,13 +512,17 @@ class _Fitting:
         self.kept: list[int] = []
         self.counts: Counter[str] = Counter()
         self.too_long: list[str] = []
+        self.refused: list[str] = []
 
-    def look_at(self, *texts: Prompt) -> None:
+    def look_at(self, row: Any, *, prompt_only: bool = False) -> None:
         """Count a row, and whether its text spells special tokens."""
         self.counts["rows"] += 1
-        contents = [[text] if isinstance(text, str) else [message["content"] for message in text] for text in texts]
-        if any(self.text_format.spells_special(content) for several in contents for content in several):
-            self.counts["special-token text kept as text"] += 1
+        if any(self.text_format.spells_special(text) for text in _texts(row, prompt_only=prompt_only)):
+            if row.special_tokens == "refuse":
+                self.refused.append(row.where)
+            else:
+                became = "made special tokens" if row.special_tokens == "allow" else "kept as text"
+                self.counts[f"special-token text {became}"] += 1
 
     def read_back(self, *completions: tuple[str, list[int]]) -> None:
         """Count a row with completions that their tokens (the end token last) do not spell."""
@@ -510,6 +556,8 @@ class _Fitting:
         self.counts["tokens"] += tokens
 
     def result(self) -> Tokenised:
+        if self.refused:
+            raise InputError(_refusal(self.refused, self.counts["rows"]))
         if self.too_long:
             shown = "; ".join(self.too_long[:5]) + (" …" if len(self.too_long) > 5 else "")
             raise InputError(
@@ -524,6 +572,39 @@ class _Fitting:
             )
         self.counts["kept"] = len(self.rows)
         return Tokenised(self.rows, dict(+self.counts), self.kept)
+
+
+def refuse_special_tokens(rows: Sequence[Any], text_format: TextFormat) -> None:
+    """Refuse rows that spell special tokens, of cards that refuse them.
+
+    Raises: InputError naming the rows.
+    """
+    refused = [
+        row.where
+        for row in rows
+        if row.special_tokens == "refuse" and any(map(text_format.spells_special, _texts(row, prompt_only=False)))
+    ]
+    if refused:
+        raise InputError(_refusal(refused, len(rows)))
+
+
+def _texts(row: Any, *, prompt_only: bool) -> list[str]:
+    """Return the texts of a row; of a chat prompt, the contents of its messages."""
+    if isinstance(row, Text):
+        return [row.text]
+    texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+    if not prompt_only:
+        texts += [getattr(row, name) for name in ("completion", "chosen", "rejected") if hasattr(row, name)]
+        texts += getattr(row, "completions", [])
+    return texts
+
+
+def _refusal(refused: Sequence[str], rows: int) -> str:
+    shown = "; ".join(refused[:5]) + (" …" if len(refused) > 5 else "")
+    return (
+        f"{len(refused)} of {rows} rows spell special tokens of the model: {shown}. Mend them, or write in their card "
+        "special_tokens: escape to keep that as text, or allow to make it special tokens."
+    )
 
 
 @contextmanager

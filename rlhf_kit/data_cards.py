@@ -26,6 +26,7 @@ from rlhf_kit.settings import (
     Settings,
     Text,
     TextOrTexts,
+    climbs,
     explain,
     find_path,
     matching,
@@ -38,6 +39,9 @@ from rlhf_kit.settings import (
 __all__ = ["DataCard", "Filters", "HubSource", "Preferred", "load_card"]
 
 Kind = Literal["demonstrations", "preferences", "rankings", "prompts", "text"]
+SpecialTokens = Literal["escape", "refuse", "allow"]
+"""What becomes of text in the data that spells a special token, such as "</s>": it stays text, it is an error, or it
+becomes that token."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +175,22 @@ class DataCard:
     shared_prompts: Literal["error", "drop"]
     filters: Filters
     on_problem: Literal["error", "drop"]
+    special_tokens: SpecialTokens
     metadata: Mapping[str, Any]
     """The rest of the front matter: licence, language, ..."""
     text: str
     """The prose below the front matter."""
+
+
+def _in_the_dataset(value: Any) -> Any:
+    """Refuse what `datasets` would look for elsewhere than in the dataset: on this machine, or at another address."""
+    for path in value if isinstance(value, list) else [value]:
+        if isinstance(path, str) and (path.startswith(("/", "~")) or climbs(path) or ":" in path or "\\" in path):
+            raise PydanticCustomError("unexpected", "{expected}", {"expected": "a path inside the dataset"})
+    return value
+
+
+InDataset = BeforeValidator(_in_the_dataset)
 
 
 class _HubSettings(Settings):
@@ -182,8 +198,8 @@ class _HubSettings(Settings):
     revision: Text
     config: Text | None = None
     split: Text = "train"
-    data_dir: Text | None = None
-    data_files: TextOrTexts | None = None
+    data_dir: Annotated[Text | None, InDataset] = None
+    data_files: Annotated[TextOrTexts | None, InDataset] = None
     streaming: bool = False
 
 
@@ -201,6 +217,7 @@ class _Block(Settings):
     shared_prompts: Literal["error", "drop"] = "error"
     filters: Filters = Filters()
     on_problem: Literal["error", "drop"] = "error"
+    special_tokens: SpecialTokens = "escape"
 
 
 NEEDED: Mapping[tuple[str, ...], str] = {
@@ -257,6 +274,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         shared_prompts=block.shared_prompts,
         filters=block.filters,
         on_problem=block.on_problem,
+        special_tokens=block.special_tokens,
         metadata={key: value for key, value in metadata.items() if key != "rlhf_kit"},
         text=text,
     )
@@ -438,8 +456,12 @@ def _sources(
     before = len(problems)
     for index, name in enumerate(names):
         here = (*at, index) if isinstance(written, list) else at
-        path = find_path(name, places)
-        if path is None and (matching_files := _glob(name, places)):
+        path = find_path(name, places[:-2] if climbs(name) else places)  # places[:-2] is the recipe's data_root, if any
+        if path is None and climbs(name):
+            problems.append(
+                (here, f"{name} leads out of the card's folder; use the recipe's data_root, or an absolute path")
+            )
+        elif path is None and (matching_files := _glob(name, places)):
             files += matching_files
         elif path is None and HUB_ID.fullmatch(name) and not Path(name).suffix:
             problems.append(
@@ -450,6 +472,8 @@ def _sources(
         elif path.is_dir():
             inside = sorted(entry.name for entry in path.iterdir() if data_suffix(entry) is not None)
             problems.append((here, f"{path} is a folder; name the files in it{': ' * bool(inside)}{', '.join(inside)}"))
+        elif not path.is_file():
+            problems.append((here, f"{path} is a device or a pipe; name a file"))
         elif data_suffix(path) is None:
             problems.append((here, f"{path}: files end in {', '.join(SUFFIXES)}, those of text also with .gz or .zst"))
         else:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Diverged", "InputError", "Interrupted", "OutOfRoom", "did_you_mean", "printable"]
+__all__ = ["Diverged", "InputError", "Interrupted", "OutOfRoom", "did_you_mean", "first_line", "printable"]
+
+MOST = 100
+"""Problems that one InputError tells."""
+LONGEST = 2_000
+"""Letters of a problem that are told."""
 
 
 class InputError(Exception):
@@ -13,13 +18,19 @@ class InputError(Exception):
 
     A message says where, what, what was seen and what would work:
     `recipes/my.yaml:31: stages.ppo.kl_coeff: unknown key; did you mean kl_coef?`
-    Several problems found together are given as a sequence; `str()` puts each on its own line.
+    Several problems found together are given as a sequence; `str()` puts each on its own line. What they quote of the
+    input cannot break a line, colour the terminal or fill it: a problem is printable and shortened, and of very many
+    the first are told.
     """
 
     problems: tuple[str, ...]
 
     def __init__(self, message: str | Sequence[str]):
-        self.problems = (message,) if isinstance(message, str) else tuple(message)
+        given = [message] if isinstance(message, str) else list(dict.fromkeys(message))
+        if len(given) > MOST + 1:  # the one more tells how many are left out, also when it is raised anew
+            given = [*given[:MOST], f"and {len(given) - MOST:,} more problems"]
+        short = [problem if len(problem) <= LONGEST else problem[:LONGEST] + " …" for problem in given]
+        self.problems = tuple(map(printable, short))
         super().__init__(message)  # the argument itself, so that the exception survives pickling
 
     def __str__(self) -> str:
@@ -50,3 +61,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """Return text for one line of a message: line breaks and other invisible characters as escapes."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's exception says, the first line of it, for a message of ours."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -14,13 +14,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
 from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
-from rlhf_kit.data_cards import DataCard, HubSource
+from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens
 from rlhf_kit.data_files import file_rows, hub_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
@@ -53,6 +53,8 @@ class Demonstration:
     completion: str
     where: str
     """File and line, "data/mine.jsonl:31"."""
+    special_tokens: SpecialTokens = "escape"
+    """The card's, of every row."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Preference:
     annotator: str | None = None
     probability: float | None = None
     """That `chosen` is the better one, from several votes; None is 1, and 0.5 a tie."""
+    special_tokens: SpecialTokens = "escape"
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,21 @@ class Ranking:
     annotator: str | None = None
     margin_per_point: float = 0.0
     """Margin of a pair per point by which its ratings differ, as the card says."""
+    special_tokens: SpecialTokens = "escape"
 
 
 @dataclass(frozen=True)
 class PromptRow:
     prompt: Prompt
     where: str
+    special_tokens: SpecialTokens = "escape"
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
     where: str
+    special_tokens: SpecialTokens = "escape"
 
 
 Row = Demonstration | Preference | Ranking | PromptRow | Text
@@ -172,7 +178,7 @@ def prompts_of(examples: Examples) -> Examples:
         for row in side:
             if _key(row) not in seen:
                 seen.add(_key(row))
-                prompts.append(PromptRow(row.prompt, row.where))
+                prompts.append(PromptRow(row.prompt, row.where, row.special_tokens))
     repeated = len(examples.train) + len(examples.heldout) - len(seen)
     dropped = {name: number for name, number in examples.counts.items() if name != "kept"}
     if repeated:
@@ -185,7 +191,10 @@ def _examples(card: DataCard, train: list[Row], heldout: list[Row], counts: Mapp
     digest = hashlib.sha256()
     for side in (train, heldout):
         for row in side:
-            digest.update(_encode({**vars(row), "where": ""}).encode() + b"\n")
+            content = {**vars(row), "where": ""}
+            if row.special_tokens == "escape":  # the hash that such rows had before there was a choice
+                del content["special_tokens"]
+            digest.update(_encode(content).encode() + b"\n")
         digest.update(b"\n")
     return Examples(card, train, heldout, dict(counts), digest.hexdigest())
 
@@ -261,12 +270,17 @@ def canonical_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Boo
     Raises:
         InputError: a file cannot be read to its end, or a column is not there.
     """
-    rows = read_rows(card, source, book)
+    read = read_rows(card, source, book)
+    rows: Iterator[Row]
     if card.kind == "rankings" and "completion" in card.columns:
-        return _put_together((row for row in rows if isinstance(row, _Answer)), card, book)
-    if card.votes is not None:
-        return _counted_votes((row for row in rows if isinstance(row, Preference)), card.votes, book)
-    return (row for row in rows if not isinstance(row, _Answer))
+        rows = _put_together((row for row in read if isinstance(row, _Answer)), card, book)
+    elif card.votes is not None:
+        rows = _counted_votes((row for row in read if isinstance(row, Preference)), card.votes, book)
+    else:
+        rows = (row for row in read if not isinstance(row, _Answer))
+    if card.special_tokens == "escape":  # as rows are made
+        return rows
+    return (replace(row, special_tokens=card.special_tokens) for row in rows)
 
 
 def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Row | _Answer]:

@@ -21,6 +21,8 @@ KeyPath = tuple[str | int, ...]
 Problem = tuple[KeyPath, str]
 
 MAX_DEPTH = 16
+MAX_VALUES = 20_000
+"""Keys and values of a document. PyYAML takes about a second for so many; the longest cards have a few thousand."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,7 +164,7 @@ def write_yaml(data: Any) -> str:
 
 
 def _refused(text: str) -> Iterator[tuple[int, str]]:
-    depth = 0
+    depth = values = 0
     for event in yaml.parse(text, Loader=_Loader):
         line = event.start_mark.line if event.start_mark else 0
         tag = getattr(event, "tag", None)
@@ -173,6 +175,10 @@ def _refused(text: str) -> Iterator[tuple[int, str]]:
         elif tag not in (None, "!"):
             short = tag.replace("tag:yaml.org,2002:", "!!")
             yield line, f"{short} is a tag, which is not used here; remove it, or quote the value"
+        values += isinstance(event, yaml.NodeEvent)
+        if values > MAX_VALUES:
+            yield line, f"more than {MAX_VALUES:,} keys and values; is this the right file?"
+            return
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:

@@ -38,7 +38,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf_kit import artifacts, recipe
 from rlhf_kit.collate import TextFormat
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import InputError, first_line
+from rlhf_kit.model_folders import check_adapter, opened
+from rlhf_kit.settings import without_local_paths
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every layer of every pass
 
@@ -69,9 +71,29 @@ def _content_hash(folder: Path) -> str:
 
 
 def context_length(base: recipe.Base) -> int | None:
-    """Return how many tokens the base reads at most, or None where its configuration sets no limit."""
-    config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    """Return how many tokens the base reads at most, or None where its configuration sets no limit.
+
+    Raises:
+        InputError: transformers does not know this kind of model.
+    """
+    folder = _opened(base, weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(base, error) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _opened(base: recipe.Base, *, weights: bool = True) -> Path:
+    return opened(
+        base.model, base.revision, setting="base.model", trust_remote_code=base.trust_remote_code, weights=weights
+    )
+
+
+def _cannot_load(base: recipe.Base, error: Exception) -> InputError:
+    code = "trust_remote_code" in str(error)  # transformers has no class of its own for this kind of model
+    trust = "; read that code, and let it run with base.trust_remote_code: true, or use another model" if code else ""
+    return InputError(f"base.model: cannot load {base.model}: {first_line(error)}{trust}")
 
 
 def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerator) -> PreTrainedModel:
@@ -82,10 +104,10 @@ def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerat
             the embedding has rows.
     """
     dtype = getattr(torch, base.dtype)
+    folder = _opened(base)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            base.model,
-            revision=base.revision,
+            folder,
             dtype=dtype,
             quantization_config=_quantization(base.quantization, dtype),
             device_map={"": accelerator.device},
@@ -94,7 +116,7 @@ def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerat
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"base.model: cannot load {base.model}: {str(error).strip().splitlines()[0]}") from error
+        raise _cannot_load(base, error) from error
     unloaded = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if unloaded:
         raise InputError(
@@ -264,7 +286,10 @@ def add_adapter(
 
 
 def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = "default") -> None:
-    """Write one adapter as standard PEFT files, with its head where it has one, naming the base as the recipe does."""
+    """Write one adapter as standard PEFT files, with its head where it has one.
+
+    It names the base as the recipe does: a Hub id, a folder's path below the working directory, or the folder's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -272,7 +297,7 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
     artifacts.write_atomically(folder / ADAPTER_WEIGHTS, content)
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
-    config.base_model_name_or_path = base.model
+    config.base_model_name_or_path = without_local_paths(base.model)
     config.revision = None if Path(base.model).is_dir() else base.revision
     config.save_pretrained(str(folder))
 
@@ -309,15 +334,22 @@ def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> 
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter folder: its LoRA weights and, of a reward adapter, its head."""
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; an adapter folder holds adapter_config.json and {ADAPTER_WEIGHTS}.")
-    return load_file(path)
+    """Return the tensors of an adapter folder: its LoRA weights and, of a reward adapter, its head.
+
+    Raises:
+        InputError: the folder is not plain LoRA as safetensors.
+    """
+    check_adapter(folder)
+    return load_file(folder / ADAPTER_WEIGHTS)
 
 
 def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Return `model` with the adapter (and head) of a finished stage, frozen and in eval mode."""
+    """Return `model` with the adapter (and head) of a finished stage, frozen and in eval mode.
+
+    Raises:
+        InputError: the folder is not plain LoRA as safetensors; PEFT would take pickled weights.
+    """
+    check_adapter(folder)
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
@@ -359,9 +391,13 @@ class SharedBase:
         Raises:
             InputError: the adapter was made for another base.
         """
+        check_adapter(folder)
         config = LoraConfig.from_pretrained(str(folder))
         config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
         config.lora_dropout = 0.0
+        config.base_model_name_or_path = (
+            self.causal.name_or_path
+        )  # PEFT warns of another name; `_copy_lora` looks closer
         if self.peft is None:
             self.peft = get_peft_model(self.causal, config, adapter_name=role)
         else:

@@ -33,6 +33,7 @@ from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
     load_text_format,
+    refuse_special_tokens,
     tokenise_comparisons,
     tokenise_demonstrations,
     tokenise_prompts,
@@ -41,6 +42,7 @@ from rlhf_kit.errors import InputError, Interrupted, did_you_mean
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.metrics import say
 from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
+from rlhf_kit.settings import without_local_paths
 from rlhf_kit.stages import Job, Outcome, StopRequest
 
 CARD_FIELDS = ("data", "normalize_on", "prompts")
@@ -91,6 +93,8 @@ def run(
     for note in plan.notes:
         say(f"note: {note}")
     check_imports(recipe, plan.examples)
+    for examples in plan.examples.values():
+        refuse_special_tokens([*examples.train, *examples.heldout], text_format)
     check_lengths(recipe, plan.examples, text_format)
     with StopRequest() as stop, artifacts.writing(folder), _held(folder, accelerator):
         pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
@@ -328,7 +332,7 @@ class Pipeline:
             project=self.recipe.name,
             stage=name,
             folder=folder / artifacts.TRACKERS,
-            settings=settings.model_dump(),
+            settings=without_local_paths(settings.model_dump()),
         )
         try:
             with tracking:
@@ -411,7 +415,7 @@ class Pipeline:
 
     def _finish(self, job: Job, outcome: Outcome, made_from: dict[str, Any], seconds: float, peak: int) -> None:
         """Write the manifest, and only then remove what served to get there."""
-        settings = job.settings.model_dump()
+        settings = without_local_paths(job.settings.model_dump())
         extra = dict(outcome.extra)
         begun = artifacts.read_json(job.folder / artifacts.STARTED)
         manifest = {
@@ -419,7 +423,7 @@ class Pipeline:
             "rlhf_kit": artifacts.__version__,
             "stage": job.name,
             "kind": job.settings.kind,
-            "base": models.base_identity(self.recipe.base),
+            "base": without_local_paths(models.base_identity(self.recipe.base)),
             "tokenizer": self.text_format.identity(),
             "inputs": {stage: made_from[f"inputs.{stage}"] for stage in job.inputs},
             "data": outcome.data,

@@ -7,7 +7,6 @@ user must decide has no default. Nothing here imports torch.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -522,15 +521,6 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
     trackers = data.get("trackers")
     if isinstance(trackers, list) and len({str(tracker) for tracker in trackers}) < len(trackers):
         yield ("trackers",), "names a tracker twice"
-    base = data.get("base")
-    if isinstance(base, dict) and base.get("trust_remote_code") is True and isinstance(base.get("model"), str):
-        revision = base.get("revision", "main")
-        local = Path(os.path.expanduser(base["model"])).exists()
-        if not local and not (isinstance(revision, str) and COMMIT.fullmatch(revision)):
-            yield (
-                ("base", "trust_remote_code"),
-                f"runs code from the Hub, so base.revision must be a commit of 40 hex digits; seen {revision}",
-            )
 
 
 def _at(path: KeyPath, data: Any) -> Any:
@@ -619,6 +609,7 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
     base, stages, evaluation = data.get("base"), data.get("stages"), data.get("evaluation")
     if isinstance(base, dict):
         yield from _model(base, "model", ("base", "model"), folder, look)
+        yield from _unpinned_code(base)
         yield from _file(base, "chat_template", ("base", "chat_template"), folder, look, "chat template file")
     yield from _file(data, "data_root", ("data_root",), folder, look, "folder")
     stages = stages if isinstance(stages, dict) else {}
@@ -630,6 +621,18 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
                 yield from _model(stage, "reward", ("stages", name, "reward"), folder, look)
     if isinstance(evaluation, dict):
         yield from _file(evaluation, "prompts", ("evaluation", "prompts"), folder, look, "data card")
+
+
+def _unpinned_code(base: dict[str, Any]) -> Iterator[Problem]:
+    """Yield that code of the Hub that can change would be run; a local `base.model` is a path that opens by now."""
+    model, revision = base.get("model"), base.get("revision", "main")
+    if base.get("trust_remote_code") is not True or not isinstance(model, str) or find_path(model, [Path()]):
+        return
+    if not (isinstance(revision, str) and COMMIT.fullmatch(revision)):
+        yield (
+            ("base", "trust_remote_code"),
+            f"runs code from the Hub, so base.revision must be a commit of 40 hex digits; seen {str(revision)[:60]}",
+        )
 
 
 def _names_a_model(reward: Any, folder: Path) -> bool:

@@ -15,7 +15,9 @@ from jinja2 import Environment, StrictUndefined
 
 from rlhf_kit import artifacts
 from rlhf_kit.errors import InputError
+from rlhf_kit.marked_yaml import read_yaml, write_yaml
 from rlhf_kit.metrics import HEADLINE, duration, read_metrics
+from rlhf_kit.settings import read_text, without_local_paths
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 POINTS = 240  # of one curve; longer ones are drawn as means of neighbouring steps
@@ -44,15 +46,15 @@ def write_report(run_dir: Path) -> Path:
     """
     if not (run_dir / artifacts.RECIPE).is_file():
         raise InputError(f"{run_dir}: no {artifacts.RECIPE} in it, so it is not a run directory")
-    recipe_text = (run_dir / artifacts.RECIPE).read_text(encoding="utf-8")
-    recipe = yaml.safe_load(recipe_text)
+    path = run_dir / artifacts.RECIPE
+    recipe = without_local_paths(read_yaml(read_text(path, "recipe", (".yaml",)), str(path)).value)
     stages = [_stage(run_dir / name, name, settings) for name, settings in recipe["stages"].items()]
     summary = _json_or_none(run_dir / artifacts.SUMMARY)
     page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = page.render(
         name=recipe["name"],
         recipe=recipe,
-        recipe_text=recipe_text,
+        recipe_text=write_yaml(recipe),
         summary=summary,
         outdated=summary is not None and _outdated(summary, stages),
         headlines=_headlines(recipe, summary) if summary else [],

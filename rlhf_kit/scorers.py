@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_kit import artifacts
-from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.chat_templates import try_template
+from rlhf_kit.collate import encode_chat, hide_special_tokens, special_tokens_pattern
+from rlhf_kit.errors import InputError, did_you_mean, first_line
 from rlhf_kit.examples import Prompt
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
+from rlhf_kit.model_folders import opened
 from rlhf_kit.models import SharedBase, new_head
+from rlhf_kit.recipe import FUNCTION
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,14 @@ class ClassifierScorer:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
+        folder = opened(name, setting="reward")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                folder, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"reward: cannot load {name}: {str(error).strip().splitlines()[0]}") from error
+            raise InputError(f"reward: cannot load {name}: {first_line(error)}") from error
         if report["missing_keys"]:
             raise InputError(
                 f"reward: {name}: has no weights for {', '.join(sorted(report['missing_keys']))}; this is not a "
@@ -131,23 +136,28 @@ class ClassifierScorer:
                 f"reward: {name}: has {self.model.config.num_labels} labels; a reward model has one, its score. "
                 "Wrap it in a function (package.module:function) that turns its labels into one number."
             )
+        if self.tokenizer.chat_template:
+            try_template(self.tokenizer, f"reward: {name}")
+        self.special = special_tokens_pattern(self.tokenizer)
         self.model.to(device).eval().requires_grad_(False)
         self.limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def render(self, prompt: Prompt, completion: str) -> list[int]:
-        """Return the token ids of one dialogue in this model's own format."""
+        """Return the tokens of one dialogue in this model's own format; text that spells special tokens stays text."""
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            text = self.tokenizer.apply_chat_template(
-                [*turns, {"role": "assistant", "content": completion}], tokenize=False
-            )
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            turns, hidden = hide_special_tokens([*turns, {"role": "assistant", "content": completion}], self.special)
+            try:
+                text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            except Exception as error:  # a template is somebody's program
+                raise InputError(f"reward: {self.name}: its chat template fails: {first_line(error)}") from error
+            return encode_chat(self.tokenizer, text, hidden)
         if not isinstance(prompt, str):
             raise InputError(
                 f"reward: {self.name}: its tokenizer has no chat template, but the prompts are chat messages; use a "
                 "reward model with a template, or a function."
             )
-        return self.tokenizer(prompt + completion)["input_ids"]
+        return self.tokenizer(prompt + completion, split_special_tokens=True)["input_ids"]
 
     @torch.no_grad()
     def __call__(self, written: Written) -> Tensor:
@@ -176,8 +186,8 @@ class FunctionScorer:
 
 
 def external_scorer(name: str, device: torch.device) -> Scorer:
-    """Return the scorer of a `reward:` that is no stage: a function where it has a colon, else a classifier."""
-    return FunctionScorer(name, device) if ":" in name else ClassifierScorer(name, device)
+    """Return the scorer of a `reward:` that is no stage: a function if it is written as one, else a classifier."""
+    return FunctionScorer(name, device) if FUNCTION.fullmatch(name) else ClassifierScorer(name, device)
 
 
 def load_function(name: str) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from rlhf_kit.marked_yaml import KeyPath, MarkedYaml
 
 MAX_BYTES = 1_000_000
 """Recipes and cards are a page or a few long; something larger is another file."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class Settings(BaseModel):
@@ -148,7 +149,10 @@ def read_text(path: Path, what: str, suffixes: Sequence[str]) -> str:
             raise InputError(
                 f"{path}: is a folder; name the {what} file in it{': ' if names else ''}{', '.join(names)}"
             )
-        size = path.stat().st_size
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError(f"{path}: is a device or a pipe; name a {what} file")
+        size = about.st_size
         if size > MAX_BYTES:
             raise InputError(f"{path}: {size:,} bytes is more than the {MAX_BYTES:,} a {what} may have; wrong file?")
         return path.read_bytes().decode("utf-8-sig")
@@ -177,6 +181,11 @@ def find_path(written: str, places: Sequence[Path]) -> Path | None:
     return None
 
 
+def climbs(written: str) -> bool:
+    """Return whether a relative path leads out of the folder that it is looked for in."""
+    return os.path.normpath(written).split(os.sep)[0] == ".." and not os.path.isabs(written)
+
+
 def not_found(written: str, places: Sequence[Path]) -> str:
     """Return the end of a message about a path that `find_path` did not find: the nearest name, or where it looked."""
     if "$" in written:
@@ -192,3 +201,15 @@ def not_found(written: str, places: Sequence[Path]) -> str:
     if folders == [Path()]:
         return ""
     return f" (looked in {', '.join('the working directory' if p == Path() else str(p) for p in folders)})"
+
+
+def without_local_paths(value: Any) -> Any:
+    """Return a JSON value in which a text that is an absolute path is its last part: "/home/me/m" becomes "m".
+
+    For what leaves the machine with an adapter. Paths below the working directory are relative already (`find_path`).
+    """
+    if isinstance(value, Mapping):
+        return {key: without_local_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_local_paths(item) for item in value]
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value

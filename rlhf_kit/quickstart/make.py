@@ -333,8 +333,10 @@ def make_data(folder: Path, checkpoint: Path, seed: int) -> None:
     shown = list(demonstrations(2000, seed))
     write_rows(folder / "demonstrations.jsonl", shown)
     write_rows(folder / "prompts.jsonl", list(prompts(1800, seed)))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).train()
     rows = []
     for row in shown:
         prompt_ids = tokenizer(row["prompt"]).input_ids

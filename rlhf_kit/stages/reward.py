@@ -484,4 +484,4 @@ def reference_rows(job: Job, limit: int | None) -> dict[str, Any]:
 def best_side(row: Preference | Ranking) -> Demonstration:
     """Return the best completion of a prompt as a demonstration."""
     found = compared(row)
-    return Demonstration(prompt=row.prompt, completion=found.completions[found.best], where=row.where)
+    return Demonstration(row.prompt, found.completions[found.best], row.where, row.special_tokens)

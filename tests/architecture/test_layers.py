@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).parents[2] / "rlhf_kit"
 FLOORS = (  # from the ground up; a module imports from its own floor or from below, and never in a circle
     {"errors"},
     {"marked_yaml", "settings", "columns"},
-    {"recipe", "maths"},
+    {"recipe", "maths", "model_folders"},
     {"data_cards", "artifacts"},
     {"data_files"},
-    {"examples", "batches"},
+    {"examples", "batches", "chat_templates"},
     {"collate", "check"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "memory"},
     {"rollout", "evaluation", "training"},
@@ -39,6 +39,8 @@ WITHOUT_TORCH = (
     "artifacts",
     "examples",
     "check",
+    "model_folders",
+    "chat_templates",
     "report",
 )
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "bitsandbytes"}

@@ -75,8 +75,9 @@ def test_chain_learns_and_loads_with_plain_peft(here, quantization, dtype):
     assert scores == pytest.approx(stored, abs=1e-6 if dtype == "float32" else 0.05)
 
 
-def test_adapter_folder_is_standard(here):
-    """The adapter names the recipe's base, and nothing of the trainer's is left behind."""
+def test_adapter_folder_is_standard(here, monkeypatch):
+    """The adapter names the recipe's base as it is found from here, and nothing of the trainer's is left behind."""
+    monkeypatch.chdir(here)
     recipe = make_recipe(here, epochs=0.1)
     sft.run(make_job(recipe, "sft", here))
     reward.run(make_job(recipe, "reward", here))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_kit.check import BaseFolder, check_recipe, longest, plan, safetensors_header
+from rlhf_kit.check import check_recipe, longest, plan
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Demonstration, Preference, PromptRow
+from rlhf_kit.model_folders import ModelFolder, safetensors_header
 from rlhf_kit.recipe import load_recipe
 from tests.plain import make_workplace, write_jsonl, write_model, write_safetensors
 
@@ -111,7 +112,7 @@ class TestPlan:
 class TestLengths:
     def test_longest(self, workplace):
         """The longest row in tokens, of a pair the longer side; and every row beyond the room, shortest first."""
-        tokenizer = BaseFolder(Path("model")).tokenizer
+        tokenizer = ModelFolder(Path("model")).tokenizer
         rows = [
             PromptRow("x" * 5, "f:1"),
             PromptRow([{"role": "user", "content": "x" * 9}, {"role": "user", "content": "y"}], "f:2"),
@@ -125,7 +126,7 @@ class TestLengths:
     def test_every_row_beyond_the_room_is_counted(self, workplace):
         """Not only those that are measured to find the longest."""
         rows = [PromptRow("x" * 10, f"f:{n}") for n in range(300)]
-        assert len(longest(rows, BaseFolder(Path("model")).tokenizer, 9)[1]) == 300
+        assert len(longest(rows, ModelFolder(Path("model")).tokenizer, 9)[1]) == 300
 
     def test_truncate_makes_them_welcome(self, workplace):
         """Long prompts are an error only where nothing is said of what becomes of them."""
@@ -149,7 +150,7 @@ class TestLengths:
         lines("stages.sft.max_length=128")
 
 
-class TestBaseFolder:
+class TestModelFolder:
     def test_shards(self, workplace):
         """Every file that the index names must be there, whole, and in the folder."""
         model = Path("model")
@@ -164,7 +165,7 @@ class TestBaseFolder:
         )
         write_safetensors(model / names[1], b=(5,))
         lines()
-        assert BaseFolder(model).parameters == 17
+        assert ModelFolder(model).parameters == 17
         (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../up.safetensors"}}')
         assert "names '../up.safetensors', which is no file of the folder" in problems()[0]
 
@@ -191,7 +192,7 @@ class TestBaseFolder:
         model = write_model(tmp_path / "m")
         (model / "tokenizer.json").unlink()
         (model / "model.safetensors").write_bytes(b"x")
-        assert len(BaseFolder(model).problems()) == 2
+        assert len(ModelFolder(model).problems()) == 2
 
     @pytest.mark.parametrize(
         ("file", "content", "said"),

@@ -24,6 +24,7 @@ from rlhf_kit.collate import (
     forward_passes,
     left_pad,
     load_text_format,
+    refuse_special_tokens,
     right_pad,
     tokenise_comparisons,
     tokenise_demonstrations,
@@ -190,6 +191,77 @@ def test_special_token_text_stays_text(tmp_path, chat):
     assert [token for token in completion if token in special] == [found.end_id]
     assert found.tokenizer.decode(ids).count(nasty) == 1
     assert found.completion_text(ids, completion) == nasty
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_token_text_that_is_allowed_becomes_special_tokens(tmp_path, chat):
+    """With special_tokens: allow the text is the token, in prompts and completions, and the loss is on the latter."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=CHATML)
+    prompt = [{"role": "user", "content": "a</s>b"}] if chat else "a</s>b"
+    rows = [Demonstration(prompt, "c<|im_end|>d", "1", special_tokens="allow")]
+    tokenised = tokenise_demonstrations(rows, found, None, "error")
+    (row,) = tokenised.rows
+    a, b, c, d = found.tokenizer.convert_tokens_to_ids(list("abcd"))
+    eos, start, turn = found.tokenizer.convert_tokens_to_ids(["</s>", "<|im_start|>", "<|im_end|>"])
+    completion = [c, turn, d, found.end_id]
+    prompt_ids = row["input_ids"][: -len(completion)]
+    assert row["input_ids"][-len(completion) :] == completion
+    assert row["labels"] == [IGNORED] * len(prompt_ids) + completion
+    at = prompt_ids.index(eos)
+    assert prompt_ids[at - 1 : at + 2] == [a, eos, b]
+    assert prompt_ids.count(start) == (2 if chat else 0) and prompt_ids == found.prompt_ids(prompt, allow_special=True)
+    assert tokenised.counts["special-token text made special tokens"] == 1
+    assert tokenise_prompts(rows, found, None, "error").rows == [prompt_ids]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_token_text_escaped_has_the_ids_of_its_letters(tmp_path, chat):
+    """With special_tokens: escape each letter is a token of this vocabulary, and the mask is as of any other text."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=CHATML)
+    prompt, plain = ([{"role": "user", "content": text}] if chat else text for text in ("a</s>", "axxxx"))
+    row, same = tokenise_demonstrations(
+        [Demonstration(prompt, "<s>", "1"), Demonstration(plain, "xxx", "2")], found, None, "error"
+    ).rows
+    letters = found.tokenizer.convert_tokens_to_ids(list("a</s>"))
+    assert " ".join(map(str, letters)) in " ".join(map(str, row["input_ids"]))
+    assert row["labels"][-4:] == [*found.tokenizer.convert_tokens_to_ids(list("<s>")), found.end_id]
+    assert [label == IGNORED for label in row["labels"]] == [label == IGNORED for label in same["labels"]]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_token_text_that_is_refused_is_an_error_with_the_rows(tmp_path, chat):
+    """With special_tokens: refuse, in whichever text of a row it stands; of prompts, the prompts count."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=CHATML)
+    prompt, plain = ([{"role": "user", "content": text}] if chat else text for text in ("a</s>", "a"))
+    rows = [
+        Demonstration(prompt, "b", "x.jsonl:1", special_tokens="refuse"),
+        Demonstration(plain, "b<|im_end|>", "x.jsonl:2", special_tokens="refuse"),
+        Demonstration(plain, "b", "x.jsonl:3", special_tokens="refuse"),
+    ]
+    for refused in (
+        lambda: tokenise_demonstrations(rows, found, None, "error"),
+        lambda: refuse_special_tokens(rows, found),
+    ):
+        with pytest.raises(InputError, match=r"^2 of 3 rows spell special tokens .*: x\.jsonl:1; x\.jsonl:2\."):
+            refused()
+    with pytest.raises(InputError, match=r"^1 of 3 rows .* x\.jsonl:1\. .*special_tokens: escape"):
+        tokenise_prompts(rows, found, None, "error")
+    pairs = [Preference(plain, "b", "c</s>", "p:1", special_tokens="refuse")]
+    with pytest.raises(InputError, match="p:1"):
+        tokenise_comparisons(pairs, found, None, "error")
+    with pytest.raises(InputError, match="t:1"):
+        tokenise_demonstrations([Text("</s>", "t:1", special_tokens="refuse")], found, None, "error")
+    refuse_special_tokens([Text("</s>", "t:1"), rows[2]], found)
+
+
+def test_marks_in_the_data_are_text(tmp_path):
+    """The characters that stand for hidden special-token text are kept as they are where the data has them."""
+    found = text_format(tmp_path, extra=CHAT_TOKENS, chat_template=CHATML)
+    nasty = "\ue0007\ue001</s>\ue000"
+    prompt = [{"role": "user", "content": nasty}]
+    ids = found.prompt_ids(prompt)
+    assert found.tokenizer.decode(ids).count(nasty) == 1
+    assert found.completion_text(ids, found.completion_ids(prompt, nasty)) == nasty
 
 
 def test_special_token_text_is_counted(tmp_path):

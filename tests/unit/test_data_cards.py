@@ -89,6 +89,48 @@ class TestReading:
         Path("root/a.jsonl").write_text("")
         assert load_card(card, data_root="root").sources == (Path("root/a.jsonl"),)
 
+    def test_sources_do_not_lead_out_of_the_cards_folder(self, here):
+        """Not by ../ from the card's folder nor from here; from data_root, or as an absolute path, they may."""
+        for folder in ("root/inner", "cards"):
+            Path(folder).mkdir(parents=True)
+        for name in ("../a.jsonl", "x/../../a.jsonl"):
+            card = write({"kind": "prompts", "source": name}, "cards/card.md")
+            with pytest.raises(InputError, match=r"cards/card\.md:\d+: rlhf_kit\.source: .* leads out of the card's"):
+                load_card(card)
+        card = write({"kind": "prompts", "source": "b.csv", "heldout": ["../a.jsonl"]}, "cards/card.md")
+        with pytest.raises(InputError, match=r"rlhf_kit\.heldout\[0\]: \.\./a\.jsonl leads out"):
+            load_card(card)
+        card = write({"kind": "prompts", "source": "../a.jsonl"}, "cards/card.md")
+        Path("root/a.jsonl").write_text("")
+        assert load_card(card, data_root="root/inner").sources == (Path("root/a.jsonl"),)
+        card = write({"kind": "prompts", "source": str(Path("a.jsonl").absolute())}, "cards/card.md")
+        assert load_card(card).sources == (Path("a.jsonl"),)
+        card = write({"kind": "prompts", "source": "cards/../a.jsonl"}, "cards/card.md")
+        assert load_card(card).sources == (Path("a.jsonl"),)
+
+    @pytest.mark.parametrize("key", ["data_files", "data_dir"])
+    def test_files_of_a_hub_dataset_are_its_own(self, here, key):
+        """What `datasets` would take for a file of this machine or another address is refused."""
+        for path in ("/etc/hostname", "../x", "a/../../x", "~/x", "https://example.org/x", "file:///x", "zip://a::b"):
+            for value in (path, ["a", path]) if key == "data_files" else (path,):
+                (message,) = problems({"kind": "prompts", "source": {"hub": "a/b", "revision": "v1", key: value}})
+                assert f"rlhf_kit.source.{key}: must be a path inside the dataset" in message
+        source = {"hub": "a/b", "revision": "v1", key: "x/y-*.jsonl" if key == "data_files" else "x/y"}
+        assert getattr(load_card(write({"kind": "prompts", "source": source})).sources, key) == source[key]
+
+    def test_special_tokens(self, here):
+        """They stay text unless the card says otherwise."""
+        assert load_card(write({"kind": "prompts", "source": "a.jsonl"})).special_tokens == "escape"
+        block = {"kind": "prompts", "source": "a.jsonl", "special_tokens": "allow"}
+        assert load_card(write(block)).special_tokens == "allow"
+        assert "must be escape, refuse or allow" in problems({**block, "special_tokens": "keep"})[0]
+
+    def test_a_card_names_no_code(self, here):
+        """A function that scores is the recipe's to name: neither a key of the block nor one beside it does it."""
+        for key in ("gold", "reward", "scorer", "function"):
+            (message,) = problems({"kind": "prompts", "source": "a.jsonl", key: "os:system"})
+            assert f"rlhf_kit.{key}: unknown key" in message
+
     def test_templates(self):
         """Braces name columns; text with other braces is no template."""
         assert template_columns("{a}\n{b c}") == ("a", "b c")

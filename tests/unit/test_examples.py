@@ -537,13 +537,13 @@ class TestRealData:
     )
     def test_every_row_is_explained(self, name, counts):
         """What is kept and what is dropped for each reason, as counted by hand from the files."""
-        found = load_examples(load_card(f"tests/cards/{name}.md"))
+        found = load_examples(load_card(f"tests/cards/{name}.md", ASSETS))
         assert found.counts == counts
         assert len(found.train) + len(found.heldout) == counts["kept"]
 
     def test_transcripts_put_together_again(self):
         """Prompt and answers, written as a transcript, are the file's own text up to white space."""
-        found = load_examples(load_card("tests/cards/hh_preferences.md"))
+        found = load_examples(load_card("tests/cards/hh_preferences.md", ASSETS))
         lines = (ASSETS / "hh-rlhf-harmless-test" / "test.jsonl").read_text().splitlines()
         speakers = {"user": "Human", "assistant": "Assistant"}
         for row in [*found.train, *found.heldout]:

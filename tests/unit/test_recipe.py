@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import read_yaml, write_yaml
 from rlhf_kit.recipe import Recipe, load_recipe, recipe_schema, resolved_yaml, written_recipe
+from tests.faults.bad_inputs import mutated
 from tests.plain import RECIPE, make_workplace
 
 FULL = """\
@@ -357,46 +358,6 @@ class TestYaml:
 
 # ---------------------------------------------------------------- whatever anybody writes
 
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["sft", "ppo", "kind", "none", "1e-5", "*x", "a/b", "a.b:c", "model", "asked.md", "~/x"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)  # fmt: skip
-
-
-def places(value, path=()):
-    """Yield the way to everything inside a value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-@st.composite
-def mutated(draw, text=FULL):
-    """A recipe in which a few values were replaced, removed, renamed or copied elsewhere."""
-    data = read_yaml(text, "full").value
-    for _ in range(draw(st.integers(1, 4))):
-        ways = list(places(data))
-        if not ways:
-            break
-        *way, key = draw(st.sampled_from(ways))
-        target = data
-        for step in way:
-            target = target[step]
-        match draw(st.sampled_from(["replace", "remove", "rename", "add"])):
-            case "replace":
-                target[key] = draw(JUNK)
-            case "remove":
-                del target[key]
-            case "rename" if isinstance(target, dict):
-                target[draw(st.text(max_size=6))] = target.pop(key)
-            case _ if isinstance(target, dict):
-                target[draw(st.sampled_from(["kind", "init", "reward", "updates", "x", "model", "base"]))] = draw(JUNK)
-    return write_yaml(data)
-
-
 anything = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -413,7 +374,7 @@ def recipe_or_problems(path: Path, *overrides: str) -> None:
 
 
 @anything
-@given(text=mutated())
+@given(text=mutated(FULL))
 def test_a_broken_recipe_is_a_recipe_or_wrong_input(workplace, text):
     """Whatever is replaced, removed or renamed: a recipe, or InputError, and nothing else."""
     Path("broken.yaml").write_text(text)

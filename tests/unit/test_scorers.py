@@ -75,6 +75,17 @@ def test_a_classifier_reads_the_dialogue_in_its_own_template(tmp_path):
     assert scores.tolist() == pytest.approx([expected, expected], abs=1e-6)
 
 
+@pytest.mark.parametrize("template", [tiny.CHATML, None])
+def test_a_completion_cannot_end_its_own_turn(tmp_path, template):
+    """Text that spells the classifier's special tokens stays text, so that no completion writes a turn of its own."""
+    make_classifier(tmp_path, chat_template=template)
+    scorer = ClassifierScorer(str(tmp_path), CPU)
+    end = scorer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = scorer.render("Where?", "Here.<|im_end|>")
+    assert ids.count(end) == (2 if template else 0)
+    assert scorer.tokenizer.decode(ids).count("Here.<|im_end|>") == 1
+
+
 def test_a_classifier_without_a_template_reads_plain_text_only(tmp_path):
     """Text prompts are put before the completion as they are; chat messages are refused with what would work."""
     model, tokenizer = make_classifier(tmp_path, chat_template=None)
@@ -106,6 +117,12 @@ def test_a_dialogue_too_long_for_the_classifier_is_refused(tmp_path):
     make_classifier(tmp_path)
     with pytest.raises(InputError, match="at most 96 tokens"):
         ClassifierScorer(str(tmp_path), CPU)(written([CHAT], ["long " * 40]))
+
+
+def test_a_path_with_a_colon_is_no_function(tmp_path):
+    """Only package.module:function is imported; everything else is a model that may not be there."""
+    with pytest.raises(InputError, match="cannot get"):
+        external_scorer("./tests/unit:test_scorers", CPU)
 
 
 def test_a_function_scores_text():
