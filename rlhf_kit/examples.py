@@ -224,8 +224,12 @@ class Book:
     merged: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     """"file:line: what is wrong" of the first rows that break a rule; all of them are in `dropped`."""
+    shown: dict[str, list[str]] = field(default_factory=dict)
+    """The same by reason, also where no rule is broken."""
     breaking: Counter[str] = field(default_factory=Counter)
     """Those of `dropped` that break a rule."""
+    sides: Counter[str] = field(default_factory=Counter)
+    """Votes for the "first" and the "second" completion shown, and "tie", where the data says which stood first."""
 
     @property
     def kept_so_far(self) -> int:
@@ -238,6 +242,16 @@ class Book:
         self.breaking[reason] += rows
         if len(self.broken) < SHOWN:
             self.broken.append(printable(message))
+        self._show(reason, message)
+
+    def leave_out(self, reason: str, where: str) -> None:
+        """Count a row that the card leaves out."""
+        self.dropped[reason] += 1
+        self._show(reason, where)
+
+    def _show(self, reason: str, message: str) -> None:
+        if len(shown := self.shown.setdefault(reason, [])) < SHOWN:
+            shown.append(printable(message))
 
     def others(self) -> dict[str, int]:
         """Return the counts of what was not kept as it was read."""
@@ -279,7 +293,7 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
             book.read += 1
             unmet = next((name for name, wanted in card.filters.where.items() if not _meets(name, wanted, cells)), None)
             if unmet is not None:
-                book.dropped[f"filters.where.{unmet}"] += 1
+                book.leave_out(f"filters.where.{unmet}", where)
                 continue
             yield from taken_rows(card, cells, where, book)
             taken += 1
@@ -292,11 +306,15 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
 def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book) -> list[Row | _Answer]:
     """Return what one row of a file says; nothing, and a reason in the book, if it breaks a rule."""
     try:
-        return _rows(_Cells(card, cells, where))
+        read = _Cells(card, cells, where)
+        rows = _rows(read)
     except (_Broken, Missing) as problem:
         book.drop(problem.reason, f"{where}: {problem.detail}")
     except _LeftOut as left_out:
-        book.dropped[str(left_out)] += 1
+        book.leave_out(str(left_out), where)
+    else:
+        book.sides.update("tie" if vote == 0.5 else "first" if vote > 0.5 else "second" for vote in read.votes)
+        return rows
     return []
 
 
@@ -420,6 +438,8 @@ def _preferences(read: _Cells) -> Iterator[Preference]:
     if ratings is not None and card.margin_per_point is not None:
         margin = card.margin_per_point * abs(ratings[0] - ratings[1])
     for probability, annotator in _judgements(read, pair, ratings):
+        if pair[0] == "first":
+            read.votes.append(probability)
         sides = (first, second) if probability >= 0.5 else (second, first)
         share = max(probability, 1 - probability)
         yield Preference(prompt, *sides, read.where, margin, annotator, None if share == 1 else share)
@@ -619,6 +639,8 @@ class _Cells:
 
     def __init__(self, card: DataCard, cells: Mapping[str, Any], where: str):
         self.card, self.cells, self.where = card, cells, where
+        self.votes: list[float] = []
+        """How probable each judgement makes it that the completion shown first is better."""
 
     def has(self, name: str) -> bool:
         return _has(self.card, name, self.cells)

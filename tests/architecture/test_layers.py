@@ -20,9 +20,10 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"data_cards", "artifacts"},
     {"data_files"},
     {"examples", "batches"},
-    {"collate", "check"},
+    {"collate", "check", "audit"},
+    {"importing"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics"},
-    {"rollout", "evaluation", "training"},
+    {"rollout", "evaluation", "training", "preview"},
     {"stages"},
     {"report", "closing", "quickstart"},
     {"pipeline"},
@@ -39,6 +40,8 @@ WITHOUT_TORCH = (
     "artifacts",
     "examples",
     "check",
+    "audit",
+    "importing",
     "report",
 )
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "bitsandbytes"}
