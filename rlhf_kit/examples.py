@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ __all__ = [
     "PromptRow",
     "Ranking",
     "Row",
+    "Share",
     "Text",
     "load_examples",
+    "mixed",
     "prompts_of",
 ]
 
@@ -178,6 +180,52 @@ def prompts_of(examples: Examples) -> Examples:
     return _examples(examples.card, *rows, dropped)
 
 
+@dataclass(frozen=True)
+class Share:
+    """How much of one card goes into a mixture."""
+
+    examples: Examples
+    weight: float
+    cap: int | None
+
+
+def mixed(shares: Sequence[Share]) -> Examples:
+    """Return the rows of several cards as those of one: capped, repeated by weight, one card after the other.
+
+    All held-out rows are held out, once, and no prompt of theirs is trained on. Which rows are taken is decided by
+    their content: a row that is added changes nothing for the others, but where there is a cap.
+    """
+    heldout = [row for share in shares for row in share.examples.heldout]
+    reserved = {_key(row) for row in heldout}
+    train: list[Row] = []
+    counts: Counter[str] = Counter()
+    for share in shares:
+        found, name = share.examples, share.examples.card.name
+        counts.update({what: number for what, number in found.counts.items() if what != "kept"})
+        rows = [row for row in found.train if _key(row) not in reserved]
+        counts["dropped: prompt is also held out"] += len(found.train) - len(rows)
+        if share.cap is not None and len(rows) > share.cap:
+            counts[f"dropped: over the cap of {name}"] += len(rows) - share.cap
+            taken = {id(row) for row in sorted(rows, key=lambda row: _drawn_number(row, "cap"))[: share.cap]}
+            rows = [row for row in rows if id(row) in taken]
+        times = [int(share.weight) + (_drawn_number(row, "weight") < share.weight % 1) for row in rows]
+        counts[f"repeated: weight {share.weight:g} of {name}"] += sum(max(number - 1, 0) for number in times)
+        counts[f"dropped: weight {share.weight:g} of {name}"] += times.count(0)
+        train += [row for row, number in zip(rows, times, strict=True) for _ in range(number)]
+    cards = [share.examples.card for share in shares]
+    card = replace(cards[0], name=" + ".join(card.name for card in cards))
+    return _examples(card, train, heldout, {what: n for what, n in counts.items() if n or what == "read"})
+
+
+def _drawn_number(row: Row, purpose: str) -> float:
+    """Return a number from 0 to 1 that a row has by its content, another one for each purpose."""
+    return _unit_hash(purpose + _encode({**vars(row), "where": ""}))
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 def _examples(card: DataCard, train: list[Row], heldout: list[Row], counts: Mapping[str, int]) -> Examples:
     counts = {"read": counts["read"], "kept": len(train) + len(heldout), **counts}
     digest = hashlib.sha256()
@@ -203,7 +251,7 @@ def _split(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
     The same prompt is on the same side in every card with the same share. Of a few prompts, all of which fall on one
     side, the one with the smallest hash is held out, the one with the greatest is not.
     """
-    hashes = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in map(_key, rows)}
+    hashes = {key: _unit_hash(key) for key in map(_key, rows)}
     if share == 0 or len(hashes) < 2:
         return rows, []
     least, greatest = min(hashes.values()), max(hashes.values())

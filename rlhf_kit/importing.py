@@ -75,8 +75,8 @@ def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
         if written not in known:
             problems.append(f"writes {tag} as {written!r}; known: {', '.join(known)}")
     if problems:
-        raise InputError([f"{path}: {name}: {problem}" for problem in problems])
-    block = {**_kind_and_columns(entry, columns, sharegpt), "source": _source(name, entry, path)}
+        raise InputError(problems)
+    block = {**_kind_and_columns(entry, columns, sharegpt), "source": _source(entry, path)}
     filters: dict[str, Any] = {}
     if columns.get("kto_tag"):
         filters["where"] = {columns["kto_tag"]: True}
@@ -114,10 +114,12 @@ def _kind_and_columns(entry: Mapping[str, Any], columns: Mapping[str, str], shar
         if not entry.get("ranking"):
             return {"kind": "demonstrations", "columns": {"prompt": prompt, "completion": columns["response"]}}
     pair = {key: columns.get(key, key) for key in ("chosen", "rejected")}
+    if "chosen" not in columns and entry.get("columns") and columns.get("response"):  # the better one stands first
+        pair = {"chosen": f"{columns['response']}[0]", "rejected": f"{columns['response']}[1]"}
     return {"kind": "preferences", "columns": {"prompt": prompt, **pair}}
 
 
-def _source(name: str, entry: Mapping[str, Any], path: Path) -> Any:
+def _source(entry: Mapping[str, Any], path: Path) -> Any:
     if entry.get("file_name"):
         file = path.parent / str(entry["file_name"])
         if file.is_dir():
@@ -132,4 +134,4 @@ def _source(name: str, entry: Mapping[str, Any], path: Path) -> Any:
         if entry.get("folder"):
             source["data_dir"] = entry["folder"]
         return source
-    raise InputError(f"{path}: {name}: names neither file_name nor hf_hub_url; scripts and other hubs are not read")
+    raise InputError("names neither file_name nor hf_hub_url; scripts and other hubs are not read")

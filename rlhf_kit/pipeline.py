@@ -40,7 +40,7 @@ from rlhf_kit.collate import (
 from rlhf_kit.errors import InputError, Interrupted, did_you_mean
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.metrics import say
-from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
+from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
 from rlhf_kit.stages import Job, Outcome, StopRequest
 
 CARD_FIELDS = ("data", "normalize_on", "prompts")
@@ -191,7 +191,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def check_imports(recipe: Recipe, examples: Mapping[str, Examples]) -> None:
+def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
     """Look for the trackers, and try the functions that score on a few prompts, before anything is trained for them.
 
     Raises:
@@ -201,7 +201,7 @@ def check_imports(recipe: Recipe, examples: Mapping[str, Examples]) -> None:
     if missing:
         names = " ".join(missing)
         raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
-    functions: dict[str, str | None] = {  # and a card with prompts
+    functions: dict[str, Cards | None] = {  # and a card with prompts
         settings.reward: settings.prompts
         for name, settings in recipe.stages.items()
         if isinstance(settings, PPOStage) and recipe.reward_source(name) == "function"
@@ -214,7 +214,7 @@ def check_imports(recipe: Recipe, examples: Mapping[str, Examples]) -> None:
         scorers.call_function(function, name, prompts, TRIED_ON[: len(prompts)])
 
 
-def check_lengths(recipe: Recipe, examples: Mapping[str, Examples], text_format: TextFormat) -> None:
+def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_format: TextFormat) -> None:
     """Refuse rows that do not fit, before hours are spent on the stages that come first.
 
     Only stages with `truncate: error`: the others count what they cut or leave out.
@@ -260,7 +260,7 @@ class Pipeline:
 
     recipe: Recipe
     folder: Path
-    examples: Mapping[str, Examples]
+    examples: Mapping[Cards, Examples]
     text_format: TextFormat
     accelerator: Accelerator
     stop: StopRequest
@@ -274,7 +274,7 @@ class Pipeline:
         """Return, as one flat mapping, all that a stage's result depends on."""
         settings = self.recipe.stages[name]
         own = settings.model_dump(exclude={*NOT_OF_THE_RESULT, *CARD_FIELDS})
-        cards = {field: getattr(settings, field, None) for field in CARD_FIELDS}
+        cards: dict[str, Cards | None] = {field: getattr(settings, field, None) for field in CARD_FIELDS}
         own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
         if isinstance(settings, PPOStage) and self.recipe.reward_source(name) == "model":
             reward = Path(settings.reward)
