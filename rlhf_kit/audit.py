@@ -760,10 +760,8 @@ def _warnings(found: Audit) -> Iterator[str]:
         yield f"{conflicts:,} pairs of completions are judged both ways"
     longer = found.lengths.get("longer_wins", 0.5)
     if abs(longer - 0.5) > 0.1:
-        yield (
-            f"{'longer' if longer > 0.5 else 'shorter'} wins {max(longer, 1 - longer):.0%} of the pairs: a reward "
-            + ("model may learn length")
-        )
+        which = "longer" if longer > 0.5 else "shorter"
+        yield f"the {which} one wins {max(longer, 1 - longer):.0%} of the pairs: a reward model may learn length"
     votes = found.labels.get("votes", {})
     sided = votes.get("first", 0) + votes.get("second", 0)
     if sided and abs(votes["first"] / sided - 0.5) > 3 * 0.5 / sided**0.5:
@@ -803,9 +801,7 @@ def lines_of(found: Audit) -> list[str]:
                  if name.endswith("_characters")]  # fmt: skip
     lines.append(f"characters  on average: {', '.join(described)}")
     if "longer_wins" in found.lengths:
-        lines.append(
-            f"            a rule that the longer one wins would be right in {found.lengths['longer_wins']:.1%}"
-        )
+        lines.append(f'            a rule "longer wins" would be right in {found.lengths["longer_wins"]:.1%}')
     lines += _token_lines(found.tokens)
     scripts = ", ".join(f"{name} {share:.1%}" for name, share in list(found.scripts.items())[:6])
     lines.append(f"scripts     {scripts or 'no letters'}")
