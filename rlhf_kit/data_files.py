@@ -96,7 +96,7 @@ class Reader:
         self.unpacked += len(data)
         if self.unpacked > self.most:
             raise InputError(
-                f"{self.path}:{max(self.line, 1)}: unpacks to more than {MAX_EXPANSION} times its size, as no text "
+                f"{self.path}:{self.line + 1}: unpacks to more than {MAX_EXPANSION} times its size, as no text "
                 "does; unpack it yourself if it is sound"
             )
         return data

@@ -54,7 +54,7 @@ def import_cards(path: Path, names: Iterable[str], out: Path) -> list[Path]:
         try:
             cards[out / f"{name}.md"] = _card(name, entries[name], path)
         except InputError as error:
-            problems += error.problems
+            problems += [f"{path}: {name}: {problem}" for problem in error.problems]
     problems += [
         f"{card}: is there already; remove it, or write elsewhere with --out" for card in cards if card.exists()
     ]

@@ -123,7 +123,7 @@ class TestMessages:
             ({"on_problem": "skip"}, 'must be error or drop; seen "skip"'),
             ({"filters": {"max_row": 3}}, "rlhf_kit.filters.max_row: unknown key; did you mean max_rows?"),
             ({"filters": {"where": {"a": {"b": 1}}}}, "rlhf_kit.filters.where.a: must be a value or a list of values"),
-            ({"format": "hhh"}, "must be hh"),
+            ({"format": "hhh"}, "must be hh or common_prefix"),
             ({"heldot": 3}, "rlhf_kit.heldot: unknown key; did you mean heldout?"),
         ],
     )  # fmt: skip
@@ -179,12 +179,15 @@ def test_cards_that_ship(path, monkeypatch):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
-    | st.sampled_from(["a.jsonl", "prompts", "text", "hh", "drop", "a/b", ".", "{a}", "prompt"]),
+    | st.sampled_from(["a.jsonl", "prompts", "preferences", "rankings", "text", "majority", "*.jsonl"])
+    | st.sampled_from(["a[0].b", "hh", "drop", "a/b", ".", "{a}", "prompt"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from(["hub", "revision", "split", "where", "prompt", "x"]), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
-KEYS = st.sampled_from(["kind", "source", "format", "columns", "heldout", "filters", "on_problem", "x"])
+KEYS = st.sampled_from(
+    "kind source format columns heldout filters on_problem templates preferred votes scale margin_per_point x".split()
+)
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
