@@ -155,8 +155,7 @@ def _batches(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> 
 
 
 def _by_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[_Batch]:
-    whole = card.kind == "rankings" and "completion" in card.columns
-    rows = canonical_rows(card, source, book) if whole else read_rows(card, source, book)
+    rows = canonical_rows(card, source, book) if card.kind == "rankings" else read_rows(card, source, book)
     while chunk := [row for row in islice(rows, BATCH) if isinstance(row, Row)]:
         yield _batch(chunk)
 

@@ -286,11 +286,17 @@ class Book:
 
     def drop(self, reason: str, message: str, rows: int = 1) -> None:
         """Count rows that break a rule, and keep the first messages."""
-        self.dropped[reason] += rows
-        self.breaking[reason] += rows
+        if rows:
+            self.dropped[reason] += rows
+        self.breaking[reason] += max(rows, 1)
         if len(self.broken) < SHOWN:
             self.broken.append(printable(message))
         self._show(reason, message)
+
+    def drop_times(self, reason: str, rows: int) -> None:
+        """Count rows that are left out and break no rule."""
+        if rows:
+            self.dropped[reason] += rows
 
     def leave_out(self, reason: str, where: str) -> None:
         """Count a row that the card leaves out."""
@@ -322,14 +328,16 @@ def canonical_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Boo
         InputError: a file cannot be read to its end, or a column is not there.
     """
     rows = read_rows(card, source, book)
+    if card.format == "threads":
+        return _threads((row for row in rows if isinstance(row, _Turn)), book)
     if card.kind == "rankings" and "completion" in card.columns:
         return _put_together((row for row in rows if isinstance(row, _Answer)), card, book)
     if card.votes is not None:
         return _counted_votes((row for row in rows if isinstance(row, Preference)), card.votes, book)
-    return (row for row in rows if not isinstance(row, _Answer))
+    return (row for row in rows if not isinstance(row, _Answer | _Turn))
 
 
-def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Row | _Answer]:
+def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Row | _Answer | _Turn]:
     """Yield what each row of the files says, before votes on one pair or completions of one prompt are put together."""
     taken = 0
     for part in [source] if isinstance(source, HubSource) else source:
@@ -351,7 +359,7 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
             raise InputError(f"{part}: is empty, there is no row in it")
 
 
-def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book) -> list[Row | _Answer]:
+def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book) -> list[Row | _Answer | _Turn]:
     """Return what one row of a file says; nothing, and a reason in the book, if it breaks a rule."""
     try:
         read = _Cells(card, cells, where)
@@ -450,7 +458,7 @@ def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
     return False
 
 
-def _rows(read: _Cells) -> list[Row | _Answer]:
+def _rows(read: _Cells) -> list[Row | _Answer | _Turn]:
     """Return what a row says, several rows where there are several votes on a pair; or raise _Broken."""
     card, where = read.card, read.where
     if card.kind == "text":
@@ -463,6 +471,8 @@ def _rows(read: _Cells) -> list[Row | _Answer]:
         return [Demonstration(_kept(prompt), completion, where)]
     if card.kind == "preferences":
         return list(_preferences(read))
+    if card.format == "threads":
+        return [_turn(read)]
     if "completion" in card.columns:
         prompt, (completion,) = read.prompt_and_answers(["completion"])
         name = "rating" if "rating" in card.columns else "rank"
@@ -666,6 +676,78 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
             book.merged["completions of one prompt"] += count - 1
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", count)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A row that holds one message of a tree of dialogues."""
+
+    id: str
+    parent: str | None
+    role: str
+    text: str
+    rank: float | None
+    where: str
+    annotator: str | None
+
+
+def _turn(read: _Cells) -> _Turn:
+    role, rank, parent = read.cell("role"), read.cell("rank"), read.cell("parent")
+    if not isinstance(role, str) or role not in ROLES:
+        raise _Broken("unknown role", f"{read.called('role')} must be system, user or assistant; seen {short(role)}")
+    return _Turn(
+        id=str(read.cell("id")),
+        parent=None if parent in (None, "") else str(parent),
+        role=ROLES[role],
+        text=read.text("text"),
+        rank=None if rank in (None, "") else read.number("rank", rank),
+        where=read.where,
+        annotator=read.annotator(),
+    )
+
+
+def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
+    """Yield, for each message with several ranked answers of the assistant, these as a ranking.
+
+    The prompt is the way from the root of the tree to that message. Messages that serve in none are dropped, counted.
+    """
+    before_these = book.kept_so_far
+    turns = {turn.id: turn for turn in rows}
+    book.drop_times("repeated message", book.kept_so_far - before_these - len(turns))
+    answers: dict[str | None, list[_Turn]] = {}
+    for turn in turns.values():
+        if turn.role == "assistant" and turn.rank is not None:
+            answers.setdefault(turn.parent, []).append(turn)
+    used: set[str] = set()
+    count = 0
+    for group in answers.values():
+        first = group[0]
+        try:
+            if not COMPLETIONS[0] <= len(group) <= COMPLETIONS[1]:
+                raise _Broken("not 2 to 9 completions", f"{len(group)} ranked answers; a ranking has 2 to 9")
+            before = _way_to(first.parent, turns)
+            prompt = [{"role": turn.role, "content": turn.text} for turn in before]
+            ranks = _ranks([turn.rank for turn in group if turn.rank is not None], best_is_high=False)
+            ranking = _ranked(prompt, [turn.text for turn in group], ranks, None, first.where, first.annotator)
+        except _Broken as problem:
+            book.drop(problem.reason, f"{first.where}: {problem.detail}", rows=0)
+            continue
+        used |= {turn.id for turn in (*before, *group)}
+        count += 1
+        yield ranking
+    book.merged["messages of dialogues"] += len(used) - count
+    book.drop_times("message of no ranking", len(turns) - len(used))
+
+
+def _way_to(message: str | None, turns: Mapping[str, _Turn]) -> list[_Turn]:
+    """Return the messages from the root to one, that one included."""
+    way: list[_Turn] = []
+    while message is not None:
+        if message not in turns or len(way) > len(turns):
+            raise _Broken("message without its thread", f"the message {short(message)} before it is not in the data")
+        way.append(turns[message])
+        message = turns[message].parent
+    return way[::-1]
 
 
 def _kept(prompt: Prompt) -> Prompt:
