@@ -73,17 +73,23 @@ BaseName = Annotated[
 ]
 
 
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", metavar="DIR", help="Where to look for the card's files first.")
+]
+
+
 @data.command("check")
 def check_data(
     card: CardFile,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
     base: BaseName = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Audit what a card yields: rows dropped and why, repetitions, conflicts, lengths, agreement, odd characters."""
     from rlhf_kit.audit import as_json, audit, lines_of
     from rlhf_kit.data_cards import load_card
 
-    found_card = load_card(card)
+    found_card = load_card(card, data_root)
     measured = None
     if base is not None:
         from rlhf_kit import preview as previews
@@ -102,6 +108,7 @@ def preview_data(
     card: CardFile,
     base: BaseName = None,
     rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows.")] = 3,
+    data_root: DataRoot = None,
 ) -> None:
     """Show rows as the model will see them, token by token, with what is learned from in colour."""
     from rich.console import Console
@@ -110,7 +117,7 @@ def preview_data(
     from rlhf_kit.data_cards import load_card
 
     console = Console(soft_wrap=True, highlight=False)
-    for line in previews.preview(load_card(card), rows, None if base is None else previews.base_named(base)):
+    for line in previews.preview(load_card(card, data_root), rows, None if base is None else previews.base_named(base)):
         console.print(line)
 
 

@@ -13,13 +13,14 @@ that share 95 % of their shingles about 93 % are found, of 80 %: 46 %, of 50 %: 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, islice
+from itertools import chain, combinations, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ __all__ = ["Audit", "Measured", "as_json", "audit", "lines_of"]
 
 BATCH = 2048
 """Rows that are looked at together where they come one by one."""
+SHINGLE = 16
+"""Bytes of a shingle."""
 PERMUTATIONS, BANDS = 12, 2
 PART, CHUNK = 2**21, 2**16
 """Hashes that are sorted together, and records that are read together."""
@@ -62,7 +65,7 @@ ROW = np.dtype([
 PAIR = np.dtype([("pair", "u8"), ("row", "u4"), ("vote", "u1"), ("named", "?")])
 """A judgement on two completions: vote 0 and 1 are for either of them whichever way they were shown, 2 is a tie."""
 
-MARKERS = (
+MARKERS = re.compile(
     r"<\|[A-Za-z_0-9 ]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|<\|?(eos|bos|pad|unk)\|?>"
     r"|\[(CLS|SEP|PAD|MASK|UNK)\]|<｜[^｜]{1,40}｜>"
 )
@@ -141,6 +144,8 @@ class _Batch:
     """Their texts."""
     answers: list[list[str]]
     """The texts beside the prompt: completions; chosen and rejected; of a ranking all in one."""
+    hashes: list[np.ndarray]
+    """Of the answers without the white space around them."""
     rows: Sequence[Row] | None = None
     """The rows themselves, where they came one by one."""
 
@@ -172,7 +177,8 @@ def _batch(rows: Sequence[Row]) -> _Batch:
     files = list(dict.fromkeys(file for file, _, _ in places))
     file = np.array([files.index(name) for name, _, _ in places])
     line = np.array([int(number) for _, _, number in places])
-    return _Batch(files, file, line, keys, prompts, [list(column) for column in zip(*answers, strict=True)], rows)
+    columns = [list(column) for column in zip(*answers, strict=True)]
+    return _Batch(files, file, line, keys, prompts, columns, list(map(_stripped_hashes, columns)), rows)
 
 
 def _text(prompt: Prompt) -> str:
@@ -241,11 +247,13 @@ def _by_columns(card: DataCard, block: Block, columns: dict[str, list[str]], boo
     count = len(next(iter(columns.values())))
     book.read += count
     lines = np.arange(block.first_line, block.first_line + count)
-    # Most texts are their own stripped form, of which the hash is then kept: nearly free.
-    hashes = [_hashes(list(map(str.strip, column))) for column in columns.values()]
+    prompts = columns.pop("prompt", None)
+    hashes = [_stripped_hashes(column) for column in columns.values()]
     broken = np.zeros(count, bool)
     for column in hashes:
         broken |= column == _EMPTY
+    if prompts is not None and "" in (stripped := list(map(str.strip, prompts))):
+        broken |= np.array([not text for text in stripped])
     if card.kind == "preferences":
         broken |= hashes[-2] == hashes[-1]
     if broken.any():
@@ -254,11 +262,11 @@ def _by_columns(card: DataCard, block: Block, columns: dict[str, list[str]], boo
                 taken_rows(card, json_row(line, where), where, book)
         keep = np.flatnonzero(~broken)
         columns = {name: [column[row] for row in keep] for name, column in columns.items()}
-        lines = lines[keep]
+        prompts = prompts and [prompts[row] for row in keep]
+        lines, hashes = lines[keep], [column[keep] for column in hashes]
     if len(lines):
-        prompts = columns.pop("prompt", [""] * len(lines))
-        file = np.zeros(len(lines), int)
-        yield _Batch([str(block.path)], file, lines, prompts, prompts, list(columns.values()))
+        keys = [""] * len(lines) if prompts is None else prompts
+        yield _Batch([str(block.path)], np.zeros(len(lines), int), lines, keys, keys, list(columns.values()), hashes)
 
 
 # ---------------------------------------------------------------- looking at them
@@ -295,23 +303,17 @@ class _Looking:
 
     def at(self, batch: _Batch, side: int) -> None:
         """Look at some rows."""
-        import pyarrow
-
         size = len(batch.keys)
         records = np.zeros(size, ROW)
         records["line"] = batch.line
         records["file"] = np.array([self.files.setdefault(file, len(self.files)) for file in batch.files])[batch.file]
         records["side"] = side
         prompts = _hashes(batch.keys)
-        answers = [_hashes(column) for column in batch.answers]
         records["prompt"] = prompts
-        records["row"] = sum((_mixed(hashes, place) for place, hashes in enumerate([prompts, *answers])))
-        texts = pyarrow.array(
-            list(map("\n".join, zip(batch.prompts, *batch.answers, strict=True))), pyarrow.large_string()
-        )
-        offsets = np.frombuffer(texts.buffers()[1], np.int64)
-        data = np.frombuffer(texts.buffers()[2], np.uint8)[: offsets[-1]]
-        self._look_at_bytes(texts, data, offsets, records)
+        records["row"] = sum((_mixed(hashes, place) for place, hashes in enumerate([prompts, *batch.hashes])))
+        lengths = [np.fromiter(map(len, column), np.int64, size) for column in [batch.prompts, *batch.answers]]
+        data, offsets = _laid_out([batch.prompts, *batch.answers], lengths)
+        self._look_at_bytes(batch, data, offsets, records)
         least = _least(data, offsets)
         bands = _mixed(least.astype(np.uint64), 0).reshape(BANDS, -1, size)
         for band in range(BANDS):
@@ -319,17 +321,15 @@ class _Looking:
             for row in bands[band]:
                 hashed = hashed * np.uint64(0x100000001B3) ^ row
             records[f"near{band}"] = hashed
-        self._look_at_labels(batch, prompts, answers)
+        self._look_at_labels(batch, prompts, lengths)
         if self.measured is not None:
             self._look_at_tokens(batch)
         records.tofile(self.rows)
         self.count += size
         self.on_side[side] += size
 
-    def _look_at_bytes(self, texts: Any, data: np.ndarray, offsets: np.ndarray, records: np.ndarray) -> None:
+    def _look_at_bytes(self, batch: _Batch, data: np.ndarray, offsets: np.ndarray, records: np.ndarray) -> None:
         """Count letters, and note rows with characters or words that do not belong into text."""
-        import pyarrow.compute
-
         self.letters[ord("a")] += np.count_nonzero(((data | 32) - np.uint8(97)) < 26)
         low = np.flatnonzero((data < 32) | (data == 127))
         if len(odd := low[_CONTROL[data[low]]]):
@@ -340,13 +340,11 @@ class _Looking:
             self.letters += counts
             for what, characters in ODD.items():
                 if counts[_numbers(characters)].any():
-                    matches = pyarrow.compute.match_substring_regex(texts, f"[{characters}]")
-                    self._note(what, np.flatnonzero(matches.to_numpy(zero_copy_only=False)), records)
+                    self._note(what, _matching(re.compile(f"[{characters}]"), batch, range(len(records))), records)
         brackets = np.flatnonzero((data == ord("<")) | (data == ord("[")))
         if len(brackets):
             rows = np.unique(_rows_at(brackets, offsets))
-            matches = pyarrow.compute.match_substring_regex(texts.take(pyarrow.array(rows)), MARKERS)
-            self._note("template tokens", rows[matches.to_numpy(zero_copy_only=False)], records)
+            self._note("template tokens", _matching(MARKERS, batch, rows.tolist()), records)
 
     def _note(self, what: str, rows: np.ndarray, records: np.ndarray) -> None:
         rows = np.unique(rows)
@@ -359,16 +357,15 @@ class _Looking:
         names = list(self.files)
         return f"{names[int(record['file'])]}:{int(record['line'])}"
 
-    def _look_at_labels(self, batch: _Batch, prompts: np.ndarray, answers: Sequence[np.ndarray]) -> None:
+    def _look_at_labels(self, batch: _Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray]) -> None:
         if self.card.kind == "preferences":
-            chosen, rejected = answers
+            chosen, rejected = batch.hashes
             pairs = np.zeros(len(prompts), PAIR)
             pairs["pair"] = _mixed(prompts, 0) + _mixed(chosen, 1) + _mixed(rejected, 1)
             pairs["row"] = np.arange(self.count, self.count + len(prompts))
             pairs["vote"] = chosen < rejected
-            lengths = [np.fromiter(map(len, column), np.int64, len(column)) for column in batch.answers]
-            self.characters.update(chosen=int(lengths[0].sum()), rejected=int(lengths[1].sum()))
-            difference = lengths[0] - lengths[1]
+            self.characters.update(chosen=int(lengths[1].sum()), rejected=int(lengths[2].sum()))
+            difference = lengths[1] - lengths[2]
             if batch.rows is not None:
                 tied = np.array([probability_of(row) == 0.5 for row in batch.rows])  # type: ignore[arg-type]
                 pairs["vote"][tied] = 2
@@ -382,11 +379,9 @@ class _Looking:
         elif self.card.kind == "rankings":
             self._look_at_rankings(batch.rows or ())
         elif batch.answers:
-            self.characters.update(
-                {"text" if self.card.kind == "text" else "completion": sum(map(len, batch.answers[0]))}
-            )
+            self.characters["text" if self.card.kind == "text" else "completion"] += int(lengths[1].sum())
         if self.card.kind != "text":
-            self.characters.update(prompt=sum(map(len, batch.prompts)))
+            self.characters["prompt"] += int(lengths[0].sum())
 
     def _count_longer(self, difference: np.ndarray) -> None:
         self.longer.update(
@@ -611,7 +606,6 @@ _EMPTY = np.uint64(hash("") & (2**64 - 1))
 _SEEDS = np.random.default_rng(20170612).integers(2**63, size=PERMUTATIONS, dtype=np.uint64)
 _ODDS = (_SEEDS | np.uint64(1)).astype(np.uint32)
 _CONTROL = np.array([(number < 32 and chr(number) not in "\t\n\r") or number == 127 for number in range(256)])
-_MASKS = np.array([(1 << 8 * length) - 1 for length in range(8)] + [2**64 - 1], dtype=np.uint64)
 
 
 def _hashes(texts: Sequence[str]) -> np.ndarray:
@@ -627,33 +621,24 @@ def _mixed(hashes: np.ndarray, place: int) -> np.ndarray:
 
 
 def _least(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return the least hashes [permutations, rows] of the shingles of texts, none of which is empty."""
-    starts, ends = offsets[:-1], offsets[1:]
+    """Return the least hashes [permutations, rows] of the shingles of texts, each of which ends with SHINGLE spaces."""
+    starts = offsets[:-1]
+    low = data <= 32
     begins = np.empty(len(data), bool)
-    begins[1:] = (data[1:] > 32) & (data[:-1] <= 32)
+    begins[1:] = low[:-1] > low[1:]
     if data.max() >= 0xE0:
         begins |= data >= 0xE0  # scripts without spaces: each of their letters begins a shingle
     begins[starts] = True
     words = np.flatnonzero(begins)
-    begins[:] = False
-    begins[starts] = True
-    first = np.flatnonzero(begins[words])
-    left = np.repeat(ends, np.diff(np.append(first, len(words)))) - words
-    padded = np.zeros(len(data) + 16, np.uint8)
-    padded[: len(data)] = data
-    eights = np.lib.stride_tricks.as_strided(padded[:8].view(np.uint64), (len(data) + 9,), (1,))
-    hashes, behind = eights[words], eights[words + 8]
-    short = np.flatnonzero(left < 16)
-    hashes[short] &= _MASKS[np.minimum(left[short], 8)]
-    behind[short] &= _MASKS[np.clip(left[short] - 8, 0, 8)]
-    hashes |= np.uint64(0x2020202020202020)  # upper case letters become lower case ones
-    behind |= np.uint64(0x2020202020202020)
-    hashes *= np.uint64(0x9E3779B97F4A7C15)
+    # All pieces of SHINGLE bytes, as opaque elements: three times as fast to pick from as unaligned numbers.
+    pieces = np.lib.stride_tricks.as_strided(data[:SHINGLE].view(f"V{SHINGLE}"), (len(data) - SHINGLE + 1,), (1,))
+    picked = pieces[words].view(np.uint64) | np.uint64(0x2020202020202020)  # upper case letters become lower case ones
+    hashes = picked[::2] * np.uint64(0x9E3779B97F4A7C15)
     hashes ^= hashes >> np.uint64(32)
-    hashes += behind
+    hashes += picked[1::2]
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     small = (hashes >> np.uint64(32)).astype(np.uint32)
-    permuted = np.empty_like(small)
+    first, permuted = np.searchsorted(words, starts), np.empty_like(small)
     return np.stack([np.minimum.reduceat(np.multiply(small, odd, out=permuted), first) for odd in _ODDS])
 
 
@@ -662,6 +647,27 @@ def _numbers(characters: str) -> list[int]:
     if len(characters) == 3 and characters[1] == "-":
         return list(range(ord(characters[0]), ord(characters[2]) + 1))
     return [ord(character) for character in characters]
+
+
+def _stripped_hashes(texts: Sequence[str]) -> np.ndarray:
+    """Return the hashes of texts without the white space around them; most have none, and keep their hash."""
+    return _hashes(list(map(str.strip, texts)))
+
+
+def _laid_out(columns: Sequence[Sequence[str]], lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bytes of all rows, each with its texts and SHINGLE spaces, and where each row begins and ends."""
+    whole = "\n".join(chain.from_iterable(zip(*columns, repeat(" " * SHINGLE), strict=False))) + "\n"
+    data = np.frombuffer(whole.encode(), np.uint8)
+    if len(data) > len(whole):
+        lengths = [np.array([len(text.encode()) for text in column]) for column in columns]
+    sizes = np.sum(lengths, axis=0) + len(columns) + SHINGLE + 1
+    return data, np.append(0, np.cumsum(sizes))
+
+
+def _matching(pattern: re.Pattern[str], batch: _Batch, rows: Iterable[int]) -> np.ndarray:
+    """Return those of the rows of which a text has a match."""
+    columns = [batch.prompts, *batch.answers]
+    return np.array([row for row in rows if any(pattern.search(column[row]) for column in columns)], dtype=int)
 
 
 def _rows_at(positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -611,6 +612,33 @@ class TestRealData:
         found = load_examples(load_card(f"tests/cards/{name}.md"))
         assert found.counts == counts
         assert len(found.train) + len(found.heldout) == counts["kept"]
+
+    @pytest.mark.parametrize(
+        ("name", "counts"),
+        [
+            ("qa_feedback", {"read": 500, "kept": 500}),
+            ("polite_answers", {"read": 1100, "kept": 1094, "dropped: chosen equal to rejected": 6}),
+        ],
+    )
+    def test_shipped_cards(self, name, counts):
+        """The cards of data_cards/ over files that are not part of the project, in a data_root."""
+        assert load_examples(load_card(f"data_cards/{name}.md", ASSETS)).counts == counts
+
+    def test_rankings_by_judgements_and_by_scores(self):
+        """Ranks from the six judgements of a row are those of the scores that were derived from them elsewhere."""
+        found = load_examples(load_card("data_cards/qa_feedback.md", ASSETS))
+        lines = (ASSETS / "qa-feedback-dev" / "derived_ranked.jsonl").read_text().splitlines()
+        derived = {row["question"]: row for row in map(json.loads, lines)}
+        ties = 0
+        for row in [*found.train, *found.heldout]:
+            theirs = derived[row.prompt.removesuffix("\nAnswer:")]
+            scores = dict(zip(theirs["responses"], theirs["scores"], strict=True))
+            for (one, rank), (other, rank_of_other) in itertools.combinations(
+                zip(row.completions, row.ranks, strict=True), 2
+            ):
+                assert (rank < rank_of_other) == (scores[one] > scores[other] + 1e-9)
+                ties += rank == rank_of_other
+        assert ties == 330
 
     def test_transcripts_put_together_again(self):
         """Prompt and answers, written as a transcript, are the file's own text up to white space."""
