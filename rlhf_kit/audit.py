@@ -46,6 +46,7 @@ from rlhf_kit.examples import (
     taken_rows,
 )
 from rlhf_kit.maths.statistics import krippendorff_alpha
+from rlhf_kit.memory import keep_freed_memory
 
 __all__ = ["Audit", "Measured", "as_json", "audit", "lines_of"]
 
@@ -114,6 +115,7 @@ def audit(card: DataCard, measured: Measured | None = None) -> Audit:
     Raises:
         InputError: a file cannot be read to its end, a column is not there, or no row is left.
     """
+    keep_freed_memory()
     sources = [card.sources] if isinstance(card.heldout, float) else [card.sources, card.heldout]
     with _Looking(card, measured) as looking, ThreadPoolExecutor(1) as beside:
         before: Future[None] | None = None

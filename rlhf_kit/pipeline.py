@@ -7,7 +7,6 @@ from the same is not made again; what was not is, and the log names the setting 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -15,7 +14,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +38,7 @@ from rlhf_kit.collate import (
 )
 from rlhf_kit.errors import InputError, Interrupted, did_you_mean
 from rlhf_kit.examples import Examples, prompts_of
+from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
 from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
 from rlhf_kit.stages import Job, Outcome, StopRequest
@@ -166,25 +166,12 @@ def start(recipe: Recipe) -> Accelerator:
         )
     device = accelerator.device
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     say(
         f"rlhf_kit {artifacts.__version__}: {world} process{'es' if world > 1 else ''} on {_device_name(device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     return accelerator
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory that tensors free for the next ones; elsewhere nothing happens.
-
-    By itself it returns blocks of a few megabytes to the system and gets them back page by page: a tenth of PPO's time
-    on a CPU. The peak stays what it is.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
-    with suppress(AttributeError, TypeError):  # not glibc; not POSIX
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _device_name(device: torch.device) -> str:
