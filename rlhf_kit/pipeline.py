@@ -42,6 +42,7 @@ from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
 from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
 from rlhf_kit.stages import Job, Outcome, StopRequest
+from rlhf_kit.token_cache import tokenised
 
 CARD_FIELDS = ("data", "normalize_on", "prompts")
 """Settings that name a data card: a stage is known by the card's content, not by its path."""
@@ -231,7 +232,7 @@ def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_forma
     problems = []
     for place, tokenise, rows, limit in todo:
         try:
-            tokenise(rows, text_format, limit, "error")
+            tokenised(tokenise, rows, text_format, limit, "error")
         except InputError as error:
             problems += [f"{recipe.where(place)}: {problem}" for problem in error.problems]
     if problems:

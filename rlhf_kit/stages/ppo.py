@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_kit import artifacts, checkpoints, distributed
+from rlhf_kit import artifacts, checkpoints, distributed, token_cache
 from rlhf_kit.batches import Rollout, Targets
 from rlhf_kit.collate import left_pad, tokenise_prompts
 from rlhf_kit.errors import Diverged, InputError, Interrupted
@@ -123,7 +123,7 @@ class PPO:
         examples = prompts_of(self.job.examples[self.settings.prompts])
         context = context_length(self.job.recipe.base)
         room = None if context is None else context - self.settings.max_new_tokens
-        tokenised = tokenise_prompts(examples.train, self.format, room, self.settings.truncate)
+        tokenised = token_cache.tokenised(tokenise_prompts, examples.train, self.format, room, self.settings.truncate)
         self.prompt_ids: list[list[int]] = tokenised.rows
         self.prompts = [examples.train[index].prompt for index in tokenised.kept]
         self.data = {

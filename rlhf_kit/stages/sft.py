@@ -21,6 +21,7 @@ from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.recipe import SFTStage
 from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.token_cache import tokenised
 from rlhf_kit.training import Training, Watched, batches_of_like_length, evaluating, without_dropout
 
 HELDOUT = 1024
@@ -33,11 +34,11 @@ def run(job: Job) -> Outcome:
     assert isinstance(settings, SFTStage)
     examples = job.examples[settings.data]
     limit = settings.max_length or context_length(base)
-    rows = tokenise_demonstrations(examples.train, job.text_format, limit, settings.truncate)
+    rows = tokenised(tokenise_demonstrations, examples.train, job.text_format, limit, settings.truncate)
     say(f"{job.name}: {rows}")
     heldout = None
     if examples.heldout:
-        heldout = tokenise_demonstrations(examples.heldout, job.text_format, limit, settings.truncate)
+        heldout = tokenised(tokenise_demonstrations, examples.heldout, job.text_format, limit, settings.truncate)
 
     causal = load_base(base, job.text_format, job.accelerator)
     without_dropout(causal)

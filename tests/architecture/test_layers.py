@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"data_files"},
     {"examples", "batches"},
     {"collate", "check", "audit"},
-    {"importing"},
+    {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics"},
     {"rollout", "evaluation", "training", "preview"},
     {"stages"},
