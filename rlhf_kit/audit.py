@@ -313,6 +313,10 @@ class _Looking:
         prompts = _hashes(batch.keys)
         records["prompt"] = prompts
         records["row"] = sum((_mixed(hashes, place) for place, hashes in enumerate([prompts, *batch.hashes])))
+        if batch.rows is not None:  # two people's equal judgements are no repetition
+            who = [getattr(row, "annotator", None) for row in batch.rows]
+            named = np.array([name is not None for name in who])
+            records["row"][named] += _mixed(_hashes([str(name) for name in who]), 9)[named]
         lengths = [np.fromiter(map(len, column), np.int64, size) for column in [batch.prompts, *batch.answers]]
         data, offsets = _laid_out([batch.prompts, *batch.answers], lengths)
         self._look_at_bytes(batch, data, offsets, records)
@@ -464,6 +468,7 @@ class _Looking:
         self._tell_prompts(result)
         if card.kind in ("preferences", "rankings"):
             self._tell_labels(result)
+        self._tell_merged(result)
         self._tell_lengths(result)
         self._tell_tokens(result)
         result.scripts = _scripts(self.letters)
@@ -560,6 +565,18 @@ class _Looking:
             result.labels["votes"] = {side: self.book.sides[side] for side in ("first", "second", "tie")}
         if self.best_at:
             result.labels["best_stands_at"] = {str(place): self.best_at[place] for place in sorted(self.best_at)}
+
+    def _tell_merged(self, result: Audit) -> None:
+        """Count what happens to whole rows once all have been seen, as `load_examples` does it."""
+        rows = result.rows
+        if self.card.votes is not None:
+            rows["kept"] = result.labels["pairs"]
+            rows["merged"]["votes on one pair"] = self.book.kept_so_far - rows["kept"]
+        shared = result.prompts.get("shared_between_splits", {"rows": 0})
+        if shared["rows"] and self.card.shared_prompts == "drop":
+            rows["kept"] -= shared["rows"]
+            shown = [one for one, _ in shared["examples"]]
+            rows["dropped"]["prompt is also held out"] = {"rows": shared["rows"], "examples": shown}
 
     def _tell_lengths(self, result: Audit) -> None:
         divisor = {"completion": self.characters["completions"] or self.count}

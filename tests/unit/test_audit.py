@@ -76,6 +76,7 @@ class TestRows:
         rows = [pair(n % 90, note=n) for n in range(120)]
         rows[50]["chosen"] = rows[50]["rejected"]
         rows[60]["prompt"] = "half \ud800"
+        rows[61]["chosen"], rows[62] = rows[3]["chosen"], rows[2]  # beside it, so that it is read row by row
         lines = [json.dumps(row) for row in rows]
         lines[70:70] = ["", "  "]
         Path("d.jsonl").write_text("\n".join(lines))
@@ -140,7 +141,9 @@ class TestRepetitions:
         found = look(rows, heldout="h.jsonl")
         assert found.prompts["shared_between_splits"] == {"rows": 1, "examples": [["d.jsonl:4", "h.jsonl:1"]]}
         assert found.problems[0] == "d.jsonl:4: the prompt is also held out, in h.jsonl:1"
-        assert not look(rows, heldout="h.jsonl", shared_prompts="drop").problems
+        dropped = look(rows, heldout="h.jsonl", shared_prompts="drop")
+        assert not dropped.problems and dropped.rows["kept"] == 11
+        assert dropped.rows["dropped"]["prompt is also held out"] == {"rows": 1, "examples": ["d.jsonl:4"]}
 
 
 class TestLabels:
@@ -162,6 +165,15 @@ class TestLabels:
         assert found.labels["votes"] == {"first": 200, "second": 100, "tie": 100}
         assert found.labels["ties"] == 100
         assert any("the completion shown first wins 66.7%" in warning for warning in found.warnings)
+
+    def test_votes_are_counted_together(self):
+        """Three people's votes on a pair are one row, and none repeats another."""
+        votes = [{"prompt": "Q", "first": "a", "second": "b", "preferred": side, "annotator": who}
+                 for who, side in (("x", "A"), ("y", "A"), ("z", "B"))]  # fmt: skip
+        names = {name: name for name in ("first", "second", "preferred")}
+        found = look(votes, columns=names, preferred={"first": "A", "second": "B"}, votes="majority")
+        assert (found.rows["kept"], found.rows["merged"]) == (1, {"votes on one pair": 2})
+        assert found.duplicates["exact"]["rows"] == 0
 
     def test_agreement(self):
         """Krippendorff's alpha of the annotators: 1 where all agree, near 0 where they toss coins."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf_kit.audit import audit
 from rlhf_kit.data_cards import HubSource, load_card
 from rlhf_kit.examples import load_examples
 from rlhf_kit.marked_yaml import write_yaml
@@ -81,7 +82,12 @@ def test_every_card_reads_its_rows(block, tmp_path, monkeypatch):
     Path("rows.json").write_text(json.dumps(rows))
     local = {**block, "source": "rows.json", "heldout": 0, "on_problem": "error"}
     Path("card.md").write_text(f"---\n{write_yaml({'rlhf_kit': local})}---\n")
-    assert load_examples(load_card("card.md")).train
+    found = load_examples(load_card("card.md"))
+    assert found.train
+    rows = audit(load_card("card.md")).rows  # data check counts what a run counts
+    counts = {"read": rows["read"], "kept": rows["kept"]}
+    counts |= {f"dropped: {reason}": note["rows"] for reason, note in rows["dropped"].items()}
+    assert counts | {f"merged: {what}": n for what, n in rows["merged"].items() if n} == found.counts
 
 
 def test_every_dataset_is_on_the_page():
