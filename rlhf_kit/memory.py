@@ -1,55 +1,21 @@
-"""Work in pieces whose size halves when memory runs out.
-
-A step is a sum over its rows, divided by what the whole step has, so the size of the pieces changes the order of sums
-and nothing else. The smaller size stays for the rest of the run, and checkpoints take it along.
-"""
+"""One habit of the C library's memory, changed."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from typing import TypeVar
+import ctypes
+from contextlib import suppress
 
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
-
-from rlhf_kit.errors import OutOfRoom
-from rlhf_kit.metrics import say
-
-T = TypeVar("T")
+__all__ = ["keep_freed_memory"]
 
 
-class Pieces:
-    """How large the pieces of some work are at most, in `unit`."""
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that arrays free for the next ones; elsewhere nothing happens.
 
-    def __init__(self, where: str, size: int, unit: str, *, least: int = 1) -> None:
-        """where: the setting that the size comes from, for messages. least: what a piece cannot be smaller than."""
-        self.where, self.size, self.unit, self.least = where, size, unit, least
-
-    def whole(self, work: Callable[[int], T]) -> T:
-        """Return work(size); if memory runs out, do all of it again with half the size, and so on.
-
-        Raises:
-            OutOfRoom: memory runs out with the smallest pieces.
-        """
-        while True:
-            try:
-                return work(self.size)
-            except Exception as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                seen = str(error).strip().splitlines()[0]
-            gc.collect()  # behind the except block, which held on to the tensors of the frames that failed
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if self.size <= self.least:
-                raise OutOfRoom(
-                    f"{self.where}: memory ran out with pieces of {self.size} {self.unit}, which cannot be less "
-                    f"({seen}). Shorter rows (max_length, max_new_tokens), base.quantization: 8bit or 4bit, a smaller "
-                    "adapter.r or a smaller base need less. The last checkpoint is kept."
-                )
-            self.size = max(self.least, self.size // 2)
-            say(
-                f"{self.where}: memory ran out ({seen}); from here on pieces of {self.size} {self.unit}, with the "
-                "same result up to rounding"
-            )
+    By itself it returns blocks of a few megabytes to the system and gets them back page by page: a tenth of PPO's time
+    on a CPU, an eighth of an audit's. The peak stays what it is.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+    with suppress(AttributeError, TypeError):  # not glibc; not POSIX
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
+        mallopt(trim_threshold, 2**31 - 1)

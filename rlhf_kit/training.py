@@ -34,8 +34,8 @@ from rlhf_kit import checkpoints, distributed
 from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.generation import derived_seed, seed_generators
 from rlhf_kit.maths.schedules import learning_rate_factor
-from rlhf_kit.memory import Pieces
 from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
+from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage, SFTStage
 
 

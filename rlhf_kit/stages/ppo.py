@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_kit import artifacts, checkpoints, distributed
+from rlhf_kit import artifacts, checkpoints, distributed, token_cache
 from rlhf_kit.batches import Completions, Rollout, Targets
 from rlhf_kit.collate import left_pad, tokenise_prompts
 from rlhf_kit.errors import Diverged, InputError, Interrupted
@@ -29,9 +29,9 @@ from rlhf_kit.examples import prompts_of
 from rlhf_kit.generation import derived_seed, generate, joined, seed_generators, uniforms
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
 from rlhf_kit.maths.schedules import learning_rate_factor
-from rlhf_kit.memory import Pieces
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.models import SharedBase, context_length, load_base
+from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import PPOStage, RewardStage
 from rlhf_kit.rollout import (
     ValueFunction,
@@ -139,7 +139,7 @@ class PPO:
         examples = prompts_of(self.job.examples[self.settings.prompts])
         context = context_length(self.job.recipe.base)
         room = None if context is None else context - self.settings.max_new_tokens
-        tokenised = tokenise_prompts(examples.train, self.format, room, self.settings.truncate)
+        tokenised = token_cache.tokenised(tokenise_prompts, examples.train, self.format, room, self.settings.truncate)
         self.prompt_ids: list[list[int]] = tokenised.rows
         self.prompts = [examples.train[index].prompt for index in tokenised.kept]
         self.data = {

@@ -52,7 +52,6 @@ from rlhf_kit.maths import preference
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.maths.logprobs import Head, token_logprobs
 from rlhf_kit.maths.statistics import clustered_wilson_interval
-from rlhf_kit.memory import Pieces
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import (
     add_adapter,
@@ -65,6 +64,7 @@ from rlhf_kit.models import (
     scores_and_states,
     sequence_scores,
 )
+from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage, SFTStage
 from rlhf_kit.rollout import LOGIT_BYTES
 from rlhf_kit.stages import Job, Outcome

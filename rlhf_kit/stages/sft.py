@@ -17,11 +17,12 @@ from trl import SFTConfig, SFTTrainer
 from rlhf_kit import distributed
 from rlhf_kit.collate import IGNORED, right_pad, tokenise_demonstrations
 from rlhf_kit.generation import derived_seed
-from rlhf_kit.memory import Pieces
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
+from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import SFTStage
 from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.token_cache import tokenised
 from rlhf_kit.training import Training, Watched, batches_of_like_length, evaluating, without_dropout
 
 HELDOUT = 1024
@@ -34,11 +35,11 @@ def run(job: Job) -> Outcome:
     assert isinstance(settings, SFTStage)
     examples = job.examples[settings.data]
     limit = settings.max_length or context_length(base)
-    rows = tokenise_demonstrations(examples.train, job.text_format, limit, settings.truncate)
+    rows = tokenised(tokenise_demonstrations, examples.train, job.text_format, limit, settings.truncate)
     say(f"{job.name}: {rows}")
     heldout = None
     if examples.heldout:
-        heldout = tokenise_demonstrations(examples.heldout, job.text_format, limit, settings.truncate)
+        heldout = tokenised(tokenise_demonstrations, examples.heldout, job.text_format, limit, settings.truncate)
 
     causal = load_base(base, job.text_format, job.accelerator)
     without_dropout(causal)

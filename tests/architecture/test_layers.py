@@ -14,15 +14,16 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "rlhf_kit"
 
 FLOORS = (  # from the ground up; a module imports from its own floor or from below, and never in a circle
-    {"errors"},
+    {"errors", "memory"},
     {"marked_yaml", "settings", "columns"},
     {"recipe", "maths", "model_folders"},
     {"data_cards", "artifacts"},
     {"data_files"},
     {"examples", "batches", "chat_templates"},
-    {"collate", "check"},
-    {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "memory"},
-    {"rollout", "evaluation", "training"},
+    {"collate", "check", "audit"},
+    {"importing", "token_cache"},
+    {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces"},
+    {"rollout", "evaluation", "training", "preview"},
     {"stages"},
     {"report", "closing", "quickstart"},
     {"pipeline"},
@@ -41,6 +42,8 @@ WITHOUT_TORCH = (
     "check",
     "model_folders",
     "chat_templates",
+    "audit",
+    "importing",
     "report",
 )
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "bitsandbytes"}

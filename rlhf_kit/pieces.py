@@ -1,0 +1,55 @@
+"""Work in pieces whose size halves when memory runs out.
+
+A step is a sum over its rows, divided by what the whole step has, so the size of the pieces changes the order of sums
+and nothing else. The smaller size stays for the rest of the run, and checkpoints take it along.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from rlhf_kit.errors import OutOfRoom
+from rlhf_kit.metrics import say
+
+T = TypeVar("T")
+
+
+class Pieces:
+    """How large the pieces of some work are at most, in `unit`."""
+
+    def __init__(self, where: str, size: int, unit: str, *, least: int = 1) -> None:
+        """where: the setting that the size comes from, for messages. least: what a piece cannot be smaller than."""
+        self.where, self.size, self.unit, self.least = where, size, unit, least
+
+    def whole(self, work: Callable[[int], T]) -> T:
+        """Return work(size); if memory runs out, do all of it again with half the size, and so on.
+
+        Raises:
+            OutOfRoom: memory runs out with the smallest pieces.
+        """
+        while True:
+            try:
+                return work(self.size)
+            except Exception as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                seen = str(error).strip().splitlines()[0]
+            gc.collect()  # behind the except block, which held on to the tensors of the frames that failed
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.size <= self.least:
+                raise OutOfRoom(
+                    f"{self.where}: memory ran out with pieces of {self.size} {self.unit}, which cannot be less "
+                    f"({seen}). Shorter rows (max_length, max_new_tokens), base.quantization: 8bit or 4bit, a smaller "
+                    "adapter.r or a smaller base need less. The last checkpoint is kept."
+                )
+            self.size = max(self.least, self.size // 2)
+            say(
+                f"{self.where}: memory ran out ({seen}); from here on pieces of {self.size} {self.unit}, with the "
+                "same result up to rounding"
+            )
