@@ -165,7 +165,7 @@ class TestMessages:
             ({"on_problem": "skip"}, 'must be error or drop; seen "skip"'),
             ({"filters": {"max_row": 3}}, "rlhf_kit.filters.max_row: unknown key; did you mean max_rows?"),
             ({"filters": {"where": {"a": {"b": 1}}}}, "rlhf_kit.filters.where.a: must be a value or a list of values"),
-            ({"format": "hhh"}, "must be hh or common_prefix"),
+            ({"format": "hhh"}, "must be hh, common_prefix or threads"),
             ({"heldot": 3}, "rlhf_kit.heldot: unknown key; did you mean heldout?"),
         ],
     )  # fmt: skip
@@ -221,8 +221,8 @@ def test_cards_that_ship(path, monkeypatch, tmp_path):
     if path.name == "TEMPLATE.md":
         return
     source = front["rlhf_kit"]["source"]
-    if isinstance(source, str) and not (path.parent / source).exists():
-        (tmp_path / source).parent.mkdir()
+    if isinstance(source, str) and not (ROOT / source).exists():
+        (tmp_path / source).parent.mkdir(parents=True)
         (tmp_path / source.replace("*", "l")).write_text("")
     assert len(load_card(path, tmp_path).text) > 300
 
