@@ -28,7 +28,7 @@ import numpy as np
 
 from rlhf_kit.columns import path_of, template_columns
 from rlhf_kit.data_cards import DataCard, HubSource, data_suffix
-from rlhf_kit.data_files import Block, json_blocks, json_row
+from rlhf_kit.data_files import Block, file_rows, json_blocks, json_row
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import (
     SHOWN,
@@ -148,6 +148,8 @@ class _Batch:
     """The texts beside the prompt: completions; chosen and rejected; of a ranking all in one."""
     hashes: list[np.ndarray]
     """Of the answers without the white space around them."""
+    who: Sequence[str | None] | None = None
+    """The annotators, where there are any."""
     rows: Sequence[Row] | None = None
     """The rows themselves, where they came one by one."""
 
@@ -180,7 +182,8 @@ def _batch(rows: Sequence[Row]) -> _Batch:
     file = np.array([files.index(name) for name, _, _ in places])
     line = np.array([int(number) for _, _, number in places])
     columns = [list(column) for column in zip(*answers, strict=True)]
-    return _Batch(files, file, line, keys, prompts, columns, list(map(_stripped_hashes, columns)), rows)
+    who = [getattr(row, "annotator", None) for row in rows]
+    return _Batch(files, file, line, keys, prompts, columns, list(map(_stripped_hashes, columns)), who, rows)
 
 
 def _text(prompt: Prompt) -> str:
@@ -208,7 +211,7 @@ def _is_plain(card: DataCard, path: Path) -> bool:
         suffix in (".jsonl", ".ndjson")
         and card.kind in ("demonstrations", "preferences", "prompts", "text")
         and not (card.format or card.templates or card.preferred or card.filters.where or card.filters.max_rows)
-        and not card.mapped & {"margin", "annotator", "ratings", "probability", "first", "second"}
+        and not card.mapped & {"margin", "ratings", "probability", "first", "second"}
         and all(isinstance(way, str) and len(path_of(way)) == 1 and not template_columns(way) for way in ways)
     )
 
@@ -217,23 +220,20 @@ def _by_blocks(card: DataCard, path: Path, book: Book) -> Iterator[_Batch]:
     """Yield the rows of a file of JSON lines with plain columns."""
     names = [name for name in ("prompt", "completion", "chosen", "rejected", "text") if name in card.columns]
     theirs = {name: str(card.columns[name]) for name in names}
-    first = True
+    where, cells = next(file_rows(path), ("", None))
+    if cells is None:
+        raise InputError(f"{path}: is empty, there is no row in it")
+    check_columns(card, where, cells)
+    who, by_line = str(card.columns.get("annotator")), "margin" in card.columns and "margin" in cells
+    if who in cells:
+        theirs["annotator"] = who
+        by_line |= not isinstance(cells[who], str)
     for block in json_blocks(path, sorted(set(theirs.values()))):
-        if first:
-            opening = next(block.lines(), None)
-            if opening is None:
-                continue
-            cells = json_row(opening[1], opening[0])
-            check_columns(card, opening[0], cells)
-            first = False
-            by_line = "margin" in cells or "annotator" in cells
         if by_line or block.columns is None:
             yield from _by_lines(card, block, book)
             continue
         columns = {name: block.columns[way].to_pylist() for name, way in theirs.items()}
         yield from _by_columns(card, block, columns, book)
-    if first:
-        raise InputError(f"{path}: is empty, there is no row in it")
 
 
 def _by_lines(card: DataCard, block: Block, book: Book) -> Iterator[_Batch]:
@@ -249,7 +249,8 @@ def _by_columns(card: DataCard, block: Block, columns: dict[str, list[str]], boo
     count = len(next(iter(columns.values())))
     book.read += count
     lines = np.arange(block.first_line, block.first_line + count)
-    prompts = columns.pop("prompt", None)
+    prompts: list[str] | None = columns.pop("prompt", None)
+    who: Any = columns.pop("annotator", None)
     hashes = [_stripped_hashes(column) for column in columns.values()]
     broken = np.zeros(count, bool)
     for column in hashes:
@@ -265,10 +266,13 @@ def _by_columns(card: DataCard, block: Block, columns: dict[str, list[str]], boo
         keep = np.flatnonzero(~broken)
         columns = {name: [column[row] for row in keep] for name, column in columns.items()}
         prompts = prompts and [prompts[row] for row in keep]
+        who = who and [who[row] for row in keep]
         lines, hashes = lines[keep], [column[keep] for column in hashes]
     if len(lines):
         keys = [""] * len(lines) if prompts is None else prompts
-        yield _Batch([str(block.path)], np.zeros(len(lines), int), lines, keys, keys, list(columns.values()), hashes)
+        file = np.zeros(len(lines), int)
+        named: list[str | None] | None = who and [name or None for name in who]
+        yield _Batch([str(block.path)], file, lines, keys, keys, list(columns.values()), hashes, named)
 
 
 # ---------------------------------------------------------------- looking at them
@@ -313,10 +317,10 @@ class _Looking:
         prompts = _hashes(batch.keys)
         records["prompt"] = prompts
         records["row"] = sum((_mixed(hashes, place) for place, hashes in enumerate([prompts, *batch.hashes])))
-        if batch.rows is not None:  # two people's equal judgements are no repetition
-            who = [getattr(row, "annotator", None) for row in batch.rows]
-            named = np.array([name is not None for name in who])
-            records["row"][named] += _mixed(_hashes([str(name) for name in who]), 9)[named]
+        named = np.zeros(size, bool) if batch.who is None else np.array([name is not None for name in batch.who])
+        if named.any():  # two people's equal judgements are no repetition
+            records["row"][named] += _mixed(_hashes([str(name) for name in batch.who or ()]), 9)[named]
+            self.annotators.update(name for name in batch.who or () if name is not None)
         lengths = [np.fromiter(map(len, column), np.int64, size) for column in [batch.prompts, *batch.answers]]
         data, offsets = _laid_out([batch.prompts, *batch.answers], lengths)
         self._look_at_bytes(batch, data, offsets, records)
@@ -327,7 +331,7 @@ class _Looking:
             for row in bands[band]:
                 hashed = hashed * np.uint64(0x100000001B3) ^ row
             records[f"near{band}"] = hashed
-        self._look_at_labels(batch, prompts, lengths)
+        self._look_at_labels(batch, prompts, lengths, named)
         if self.measured is not None:
             self._look_at_tokens(batch)
         records.tofile(self.rows)
@@ -363,7 +367,9 @@ class _Looking:
         names = list(self.files)
         return f"{names[int(record['file'])]}:{int(record['line'])}"
 
-    def _look_at_labels(self, batch: _Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray]) -> None:
+    def _look_at_labels(
+        self, batch: _Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray], named: np.ndarray
+    ) -> None:
         if self.card.kind == "preferences":
             chosen, rejected = batch.hashes
             pairs = np.zeros(len(prompts), PAIR)
@@ -375,11 +381,9 @@ class _Looking:
             if batch.rows is not None:
                 tied = np.array([probability_of(row) == 0.5 for row in batch.rows])  # type: ignore[arg-type]
                 pairs["vote"][tied] = 2
-                named = [row.annotator for row in batch.rows]  # type: ignore[union-attr]
-                pairs["named"] = [name is not None for name in named]
-                self.annotators.update(name for name in named if name is not None)
                 self.ties += int(tied.sum())
                 difference = difference[~tied]
+            pairs["named"] = named
             self._count_longer(difference)
             pairs.tofile(self.pairs)
         elif self.card.kind == "rankings":
@@ -398,8 +402,6 @@ class _Looking:
         found, differences = [], []
         for number, row in enumerate(rows, start=self.count):
             self.best_at.update(place for place, rank in enumerate(row.ranks, start=1) if rank == min(row.ranks))
-            if row.annotator is not None:
-                self.annotators[row.annotator] += 1
             self.characters["completion"] += sum(map(len, row.completions))
             self.characters["completions"] += len(row.completions)
             prompt = hash(json.dumps(row.prompt))

@@ -320,6 +320,12 @@ def _lines(
     ]
     for path, card in cards.items():
         lines += _card_lines(path, card, examples.get(path), base)
+    for mixture in (cards for cards in examples if not isinstance(cards, str)):
+        found = examples[mixture]
+        lines.append(
+            f"mixture  {named(mixture)}: {len(found.train):,} rows to train on, {len(found.heldout):,} held out"
+        )
+        lines += _count_lines(found)
     for name, stage in recipe.stages.items():
         lines += _stage_lines(recipe, name, stage, examples)
     card_path = evaluation_card(recipe)
@@ -343,12 +349,16 @@ def _card_lines(path: str, card: DataCard, found: Examples | None, base: ModelFo
     if base is not None and base.tokenizer is not None:
         most, _ = longest([*found.train, *found.heldout], base.tokenizer, None)
         line += f"; the longest has {most:,} tokens"
-    dropped = [
-        f"         left out: {number:,} × {reason.removeprefix('dropped: ')}"
-        for reason, number in found.counts.items()
-        if reason.startswith("dropped: ")
-    ]
-    return [line, *dropped]
+    return [line, *_count_lines(found)]
+
+
+def _count_lines(found: Examples) -> Iterable[str]:
+    """Yield what became of the rows that are not there as they were read."""
+    words = {"dropped": "left out", "merged": "put together", "repeated": "repeated"}
+    for reason, number in found.counts.items():
+        kind, colon, what = reason.partition(": ")
+        if colon:
+            yield f"         {words[kind]}: {number:,} × {what}"
 
 
 def _stage_lines(

@@ -46,6 +46,7 @@ assistant's."""
 SHOWN = 5
 """Broken rows that an error message shows."""
 
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
@@ -427,6 +428,8 @@ def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
             f"{where}: there is no column ranks or ratings; map one in {card.path}: columns: {{ranks: <their name>}} "
             f"(columns: {', '.join(map(str, cells))})"
         )
+    if not card.mapped & set(judged) and _has(card, "ranks", cells) and _has(card, "ratings", cells):
+        problems.append(f"{where}: there are columns ranks and ratings; map the one that counts in {card.path}")
     for name, template in card.templates.items():
         missing = [path for path in template_columns(template) if not is_there(path, cells)]
         if missing:
@@ -457,7 +460,10 @@ def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]
 
 
 def _has(card: DataCard, name: str, cells: Mapping[str, Any]) -> bool:
-    return name in card.columns and all(is_there(path, cells) for path in columns_of(card.columns[name]))
+    theirs = card.columns.get(name)
+    if theirs is None or (isinstance(theirs, str) and theirs in cells):  # nearly always it is this simple
+        return theirs is not None
+    return all(is_there(path, cells) for path in columns_of(theirs))
 
 
 def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
@@ -949,7 +955,7 @@ def _text(cell: Any, name: str, called: str) -> str:
         raise _Broken("non-text cell", f"{called} must be text; seen {short(cell)}")
     if not cell.strip():
         raise _Broken(f"empty {name}", f"{called} is empty")
-    if re.search("[\ud800-\udfff]", cell):
+    if _HALF_CHARACTER.search(cell):
         raise _Broken("text that is not Unicode", f"{called} has half of a surrogate pair, which is not Unicode text")
     return cell
 
@@ -974,7 +980,7 @@ def _messages(cell: list[Any], called: str) -> list[dict[str, str]]:
             )
         if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
             content = "".join(part["text"] for part in content)
-        if not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
+        if not isinstance(content, str) or _HALF_CHARACTER.search(content):
             raise _Broken("non-text cell", f"{called}: the content of a message must be text; seen {short(content)}")
         messages.append({"role": ROLES[role], "content": content})
     return messages

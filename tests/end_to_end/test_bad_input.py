@@ -187,7 +187,12 @@ FAULTS = [
         card("asked", kind="text", source="shown.jsonl\n  columns: {text: prompt}"),
         ("yaml:16", "text"),
     ),
-    Fault("rankings", card("asked", kind="rankings"), ("asked.md:4", "not read yet")),
+    Fault(
+        "rankings",
+        card("asked", kind="rankings"),
+        ("asked.jsonl:1: there is no column completions", "asked.jsonl:1: there is no column ranks or ratings"),
+        messages=2,
+    ),
     Fault(
         "hub without revision", card("asked", source="{hub: a/b}"), ("asked.md:5: rlhf_kit.source.revision: missing",)
     ),

@@ -48,7 +48,7 @@ class TestRows:
         rows[3]["chosen"] = " "
         rows[7]["rejected"] = rows[7]["chosen"] + " "
         rows[9]["prompt"] = None
-        for extra in ({}, {"annotator": "x"}):  # plain columns are read in blocks, others row by row
+        for extra in ({}, {"annotator": "x"}, {"margin": 1}):  # plain columns are read in blocks, others row by row
             found = look([{**row, **extra} for row in rows], on_problem="drop")
             assert (found.rows["read"], found.rows["kept"]) == (20, 17)
             dropped = found.rows["dropped"].items()
@@ -73,7 +73,8 @@ class TestRows:
     def test_blocks_and_rows_agree(self, monkeypatch):
         """The two ways of reading find the same, block borders, empty lines and odd lines included."""
         monkeypatch.setattr("rlhf_kit.data_files.BLOCK", 2000)
-        rows = [pair(n % 90, note=n) for n in range(120)]
+        rows = [pair(n % 90, note=n, annotator="xyz"[n % 3]) for n in range(120)]
+        rows[80]["annotator"] = None
         rows[50]["chosen"] = rows[50]["rejected"]
         rows[60]["prompt"] = "half \ud800"
         rows[61]["chosen"], rows[62] = rows[3]["chosen"], rows[2]  # beside it, so that it is read row by row

@@ -102,6 +102,9 @@ class TestRecipes:
         train = len(made.examples[cards].train)
         assert any(f"{train:,} rows x 1 epochs" in line for line in check_recipe(recipe))
         assert made.examples[cards].card.name == "shown + more"
+        mixture = made.lines.index(next(line for line in made.lines if line.startswith("mixture  shown.md + more.md")))
+        assert f"{train:,} rows to train on" in made.lines[mixture]
+        assert any("left out: " in line and "cap of more" in line for line in made.lines[mixture + 1 :])
 
     def test_prompts_of_several_kinds(self, workplace):
         """Prompts are taken from each card, each once."""

@@ -470,6 +470,13 @@ class TestRankings:
         with pytest.raises(InputError, match="must be 6 judgements"):
             load([{**row, "preference": [1]}], **block)
 
+    def test_ranks_and_ratings_together(self):
+        """Which of the two counts is for the card to say."""
+        row = {"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "ratings": [1, 2]}
+        with pytest.raises(InputError, match="columns ranks and ratings; map the one that counts"):
+            load([row], kind="rankings")
+        assert load([row], kind="rankings", columns={"ratings": "ratings"}).train[0].ranks == [2.0, 1.0]
+
     def test_whole_dialogues(self):
         """Completions may be dialogues; what comes before their last answer is the prompt."""
         row = {"completions": [[user("Q"), assistant("a")], [user("Q"), assistant("b")]], "ranks": [2, 1]}
