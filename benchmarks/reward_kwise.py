@@ -25,8 +25,8 @@ from ppo_vs_trl import SHAPES, write_base
 from reward_trl import ours, prepare, theirs
 
 K = 9
-BATCH = 8  # prompts
-SETTINGS = {"batch_size": BATCH, "microbatch": 4, "learning_rate": 5e-3}
+BATCH = 2  # prompts
+SETTINGS = {"batch_size": BATCH, "learning_rate": 5e-3}
 MICROBATCHES = {"656k": 72, "15m": 36}
 """Pairs of a forward pass of trl's: the fastest of those tried."""
 
