@@ -65,6 +65,75 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
         print(line)
 
 
+data = typer.Typer(name="data", help="Look at data before anything is trained on it.", no_args_is_help=True)
+app.add_typer(data)
+CardFile = Annotated[Path, typer.Argument(metavar="CARD", help="The data card, a Markdown file.")]
+BaseName = Annotated[
+    str | None, typer.Option("--base", metavar="FOLDER_OR_ID", help="A checkpoint, or a recipe for its base.")
+]
+
+
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", metavar="DIR", help="Where to look for the card's files first.")
+]
+
+
+@data.command("check")
+def check_data(
+    card: CardFile,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+    base: BaseName = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Audit what a card yields: rows dropped and why, repetitions, conflicts, lengths, agreement, odd characters."""
+    from rlhf_kit.audit import as_json, audit, lines_of
+    from rlhf_kit.data_cards import load_card
+
+    found_card = load_card(card, data_root)
+    measured = None
+    if base is not None:
+        from rlhf_kit import preview as previews
+
+        measured = previews.measured(previews.base_named(base))
+    found = audit(found_card, measured)
+    print("\n".join(lines_of(found)))
+    if json_file is not None:
+        json_file.write_text(as_json(found), encoding="utf-8")
+    if found.problems:
+        raise InputError(found.problems)
+
+
+@data.command("preview")
+def preview_data(
+    card: CardFile,
+    base: BaseName = None,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows.")] = 3,
+    data_root: DataRoot = None,
+) -> None:
+    """Show rows as the model will see them, token by token, with what is learned from in colour."""
+    from rich.console import Console
+
+    from rlhf_kit import preview as previews
+    from rlhf_kit.data_cards import load_card
+
+    console = Console(soft_wrap=True, highlight=False)
+    for line in previews.preview(load_card(card, data_root), rows, None if base is None else previews.base_named(base)):
+        console.print(line)
+
+
+@data.command("import")
+def import_data(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A dataset_info.json of LLaMA-Factory.")],
+    names: Annotated[list[str] | None, typer.Option("--name", metavar="NAME", help="One dataset. Repeatable.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the cards go.")] = Path("data_cards"),
+) -> None:
+    """Write a data card for each dataset that another tool's file describes."""
+    from rlhf_kit.importing import import_cards
+
+    for card in import_cards(file, names or [], out):
+        print(card)
+
+
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]) -> None:
     """Write the report of a run, one self-contained page, and print where it is."""

@@ -25,11 +25,13 @@ from rlhf_kit.examples import (
     Prompt,
     PromptRow,
     Ranking,
+    Share,
     Text,
     load_examples,
+    mixed,
     prompts_of,
 )
-from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
+from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, cards_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,8 +46,8 @@ class Plan:
     """A recipe that was checked, with what was read for it."""
 
     recipe: Recipe
-    examples: dict[str, Examples]
-    """By the card's path as in the recipe; without the Hub's if these were not fetched."""
+    examples: dict[Cards, Examples]
+    """By what the recipe names, a card's path or a mixture of cards; without the Hub's if these were not fetched."""
     lines: list[str]
     """For a person to read."""
     notes: list[str]
@@ -75,7 +77,7 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
     problems: list[str] = []
     base = _base(recipe, problems)
     cards: dict[str, DataCard] = {}
-    examples: dict[str, Examples] = {}
+    examples: dict[Cards, Examples] = {}
     for path, uses in card_uses(recipe).items():
         try:
             card = cards[path] = load_card(path, recipe.data_root)
@@ -88,6 +90,7 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
                 examples[path] = load_examples(card)
         except InputError as error:
             problems += error.problems
+    problems += _mix(recipe, examples)
     problems += _heldout_problems(recipe, examples)
     problems += _function_problems(recipe)
     for name, stage in recipe.stages.items():
@@ -105,20 +108,52 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
     """Return the cards of a recipe: path -> {"stages.sft.data": the kinds of card that will do there}."""
     uses: dict[str, dict[str, tuple[str, ...]]] = {}
     for name, stage in recipe.stages.items():
-        named: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+        fields: dict[str, tuple[Cards | None, tuple[str, ...]]] = {}
         if isinstance(stage, SFTStage):
-            named["data"] = stage.data, ("demonstrations", "text")
+            fields["data"] = stage.data, ("demonstrations", "text")
         elif isinstance(stage, RewardStage):
-            named["data"] = stage.data, ("preferences", "rankings")
-            named["normalize_on"] = stage.normalize_on, ("demonstrations",)
+            fields["data"] = stage.data, ("preferences", "rankings")
+            fields["normalize_on"] = stage.normalize_on, ("demonstrations",)
         else:
-            named["prompts"] = stage.prompts, WITH_PROMPTS
-        for key, (path, kinds) in named.items():
-            if path is not None:
+            fields["prompts"] = stage.prompts, WITH_PROMPTS
+        for key, (written, kinds) in fields.items():
+            for path in [] if written is None else cards_of(written):
                 uses.setdefault(path, {})[f"stages.{name}.{key}"] = kinds
     if recipe.evaluation.prompts is not None:
         uses.setdefault(recipe.evaluation.prompts, {})["evaluation.prompts"] = WITH_PROMPTS
     return uses
+
+
+def _mix(recipe: Recipe, examples: dict[Cards, Examples]) -> list[str]:
+    """Add the mixtures of cards whose every card was read; return what is wrong with any."""
+    problems = []
+    for name, stage in recipe.stages.items():
+        key = "prompts" if isinstance(stage, PPOStage) else "data"
+        cards = getattr(stage, key)
+        if isinstance(cards, str):
+            continue
+        at = recipe.where(f"stages.{name}.{key}")
+        if len(set(cards_of(cards))) < len(cards):
+            problems.append(f"{at}: names a card twice; give it a weight instead")
+        if isinstance(stage, PPOStage) and any(portion.weight > 1 for portion in cards):
+            problems.append(f"{at}: a prompt is there once, so a weight is at most 1")
+        if not all(card in examples for card in cards_of(cards)):
+            continue
+        kinds = {examples[card].card.kind for card in cards_of(cards)}
+        if isinstance(stage, RewardStage) and len(kinds) > 1:
+            problems.append(f"{at}: cards that are mixed are of one kind; seen {', '.join(sorted(kinds))}")
+        found = [examples[portion.card] for portion in cards]
+        if isinstance(stage, PPOStage) and kinds <= set(WITH_PROMPTS):
+            found = [prompts_of(one) for one in found]
+        examples[cards] = mixed([Share(one, part.weight, part.cap) for one, part in zip(found, cards, strict=True)])
+        if not examples[cards].train:
+            problems.append(f"{at}: no row is left to train on: {examples[cards].counts}")
+    return problems
+
+
+def named(cards: Cards) -> str:
+    """Return the names of a card or several, for a message."""
+    return " + ".join(cards_of(cards))
 
 
 def is_on_hub(card: DataCard) -> bool:
@@ -126,23 +161,24 @@ def is_on_hub(card: DataCard) -> bool:
     return isinstance(card.sources, HubSource)
 
 
-def evaluation_card(recipe: Recipe) -> str | None:
-    """Return the card whose held-out prompts the closing table is measured on; None without a ppo stage."""
+def evaluation_card(recipe: Recipe) -> Cards | None:
+    """Return the card, or mixture, whose held-out prompts the closing table is measured on; None without ppo."""
     last = [stage.prompts for stage in recipe.stages.values() if isinstance(stage, PPOStage)][-1:]
     return (recipe.evaluation.prompts or last[0]) if last else None
 
 
-def _heldout_problems(recipe: Recipe, examples: Mapping[str, Examples]) -> Iterable[str]:
+def _heldout_problems(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Iterable[str]:
     for name, stage in recipe.stages.items():
         if isinstance(stage, RewardStage) and stage.data in examples and not examples[stage.data].heldout:
             yield (
-                f"{recipe.where(f'stages.{name}.data')}: {stage.data} holds no pairs out to measure the accuracy on; "
-                + ("write heldout: 0.1 in the card")
+                f"{recipe.where(f'stages.{name}.data')}: {named(stage.data)} holds no pairs out to measure the "
+                "accuracy on; write heldout: 0.1 in the card"
             )
     card = evaluation_card(recipe)
     if card is not None and card in examples and not examples[card].heldout:
-        yield f"{card}: holds no prompts out to measure the policies on; write heldout: 0.1 in it, or name another " + (
-            "card in evaluation.prompts"
+        yield (
+            f"{named(card)}: holds no prompts out to measure the policies on; write heldout: 0.1 in it, or name "
+            "another card in evaluation.prompts"
         )
 
 
@@ -345,7 +381,7 @@ def longest(rows: Sequence[Any], tokenizer: Tokenizer, room: int | None) -> tupl
     return max((length for _, length in lengths), default=0), list(over.items())
 
 
-def _length_problems(recipe: Recipe, base: BaseFolder, examples: Mapping[str, Examples]) -> Iterable[str]:
+def _length_problems(recipe: Recipe, base: BaseFolder, examples: Mapping[Cards, Examples]) -> Iterable[str]:
     context = base.context
     last: PPOStage | None = None
     for name, stage in recipe.stages.items():
@@ -369,7 +405,7 @@ def _length_problems(recipe: Recipe, base: BaseFolder, examples: Mapping[str, Ex
 
 
 def _prompt_problems(
-    at: str, card: str, max_new_tokens: int, truncate: str, base: BaseFolder, examples: Mapping[str, Examples]
+    at: str, card: Cards, max_new_tokens: int, truncate: str, base: BaseFolder, examples: Mapping[Cards, Examples]
 ) -> Iterable[str]:
     if base.context is None:
         return
@@ -383,16 +419,16 @@ def _prompt_problems(
 
 
 def _too_long(
-    at: str, card: str, rows: Sequence[Any], base: BaseFolder, room: int | None, limit: str, also: str
+    at: str, card: Cards, rows: Sequence[Any], base: BaseFolder, room: int | None, limit: str, also: str
 ) -> Iterable[str]:
     if base.tokenizer is None:
         return
     most, over = longest(rows, base.tokenizer, room)
     if over:
         yield (
-            f"{at}: {len(over):,} of {len(rows):,} rows of {card} are longer than {limit}; the longest has at least "
-            f"{most} ({over[-1][0]}). Write truncate: left_prompt to cut prompts from the left, truncate: drop to "
-            f"leave such rows out{f', or {also}' if also else ''}"
+            f"{at}: {len(over):,} of {len(rows):,} rows of {named(card)} are longer than {limit}; the longest has "
+            f"at least {most} ({over[-1][0]}). Write truncate: left_prompt to cut prompts from the left, truncate: "
+            f"drop to leave such rows out{f', or {also}' if also else ''}"
         )
 
 
@@ -400,7 +436,7 @@ def _too_long(
 
 
 def _lines(
-    recipe: Recipe, base: BaseFolder | None, cards: Mapping[str, DataCard], examples: Mapping[str, Examples]
+    recipe: Recipe, base: BaseFolder | None, cards: Mapping[str, DataCard], examples: Mapping[Cards, Examples]
 ) -> list[str]:
     settings = recipe.base
     weights = {"none": settings.dtype, "8bit": f"8-bit ({settings.dtype})", "4bit": f"4-bit ({settings.dtype})"}
@@ -426,7 +462,7 @@ def _lines(
             heldout = len(prompts_of(examples[card_path]).heldout)
             count, available = min(count, heldout), f" of {heldout:,}"
         gold = f", gold {recipe.evaluation.gold}" if recipe.evaluation.gold else ""
-        lines.append(f"evaluation  on {count:,}{available} held-out prompts of {card_path}{gold}")
+        lines.append(f"evaluation  on {count:,}{available} held-out prompts of {named(card_path)}{gold}")
     return lines
 
 
@@ -449,7 +485,7 @@ def _card_lines(path: str, card: DataCard, found: Examples | None, base: BaseFol
 
 
 def _stage_lines(
-    recipe: Recipe, name: str, stage: SFTStage | RewardStage | PPOStage, examples: Mapping[str, Examples]
+    recipe: Recipe, name: str, stage: SFTStage | RewardStage | PPOStage, examples: Mapping[Cards, Examples]
 ) -> list[str]:
     after = recipe.depends_on(name)
     head = f"stage    {name}: {stage.kind}{' after ' if after else ''}{' and '.join(after)}, "
@@ -476,14 +512,14 @@ def _stage_lines(
     return [f"{head}{rows:,} {unit} x {epochs:.3g} epochs = {steps:,} optimizer steps of {stage.batch_size:,} {unit}"]
 
 
-def _notes(recipe: Recipe, examples: Mapping[str, Examples]) -> list[str]:
+def _notes(recipe: Recipe, examples: Mapping[Cards, Examples]) -> list[str]:
     notes = list(_leaks(recipe, examples))
     if recipe.publish is not None:
         notes.append(f"{recipe.where('publish')}: this version does not push; the run stays on this machine")
     return notes
 
 
-def _leaks(recipe: Recipe, examples: Mapping[str, Examples]) -> Iterable[str]:
+def _leaks(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Iterable[str]:
     """Tell of each card whose training prompts are among those that the closing table is measured on."""
     card = evaluation_card(recipe)
     if card is None or card not in examples:
@@ -493,7 +529,7 @@ def _leaks(recipe: Recipe, examples: Mapping[str, Examples]) -> Iterable[str]:
         if path in examples and examples[path].card.kind in WITH_PROMPTS and any("stages." in use for use in uses):
             both = len(heldout & {_texts(row.prompt) for row in examples[path].train})
             if both:
-                yield f"{both:,} of the {len(heldout):,} held-out prompts of {card} are trained on in {path}"
+                yield f"{both:,} of the {len(heldout):,} held-out prompts of {named(card)} are trained on in {path}"
 
 
 def _millions(number: int) -> str:

@@ -73,6 +73,8 @@ HH_SHAPES: Mapping[str, tuple[Shape, ...]] = {
 """Of format hh, where one column holds prompt and completion, or the prompt is a transcript of its own."""
 PREFIX_SHAPES = {"preferences": tuple(Shape(one.needed[1:], one.may, one.judged) for one in SHAPES["preferences"])}
 """Of format common_prefix, where prompts stand in the answers only."""
+THREAD_SHAPES = {"rankings": (Shape(("id", "parent", "role", "text", "rank"), ("annotator",)),)}
+"""Of format threads, where a row is one message and names the one that it answers."""
 BY_DEFAULT = {"transcript": "chosen"}
 """Our names that are called otherwise in the data unless mapped."""
 UNASKED = ("margin", "annotator", "ranks", "ratings")
@@ -154,7 +156,7 @@ class DataCard:
     name: str
     kind: Kind
     sources: tuple[Path, ...] | HubSource
-    format: Literal["hh", "common_prefix"] | None
+    format: Literal["hh", "common_prefix", "threads"] | None
     columns: Mapping[str, Expression]
     """Our names of this kind and shape -> where the value stands in a row, in the words of `columns`."""
     mapped: frozenset[str]
@@ -190,7 +192,7 @@ class _HubSettings(Settings):
 class _Block(Settings):
     kind: Kind
     source: Any
-    format: Literal["hh", "common_prefix"] | None = None
+    format: Literal["hh", "common_prefix", "threads"] | None = None
     columns: dict[str, _Column] = Field(default={})
     templates: dict[str, Text] = Field(default={})
     preferred: Preferred | None = None
@@ -315,8 +317,11 @@ def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, ma
 
 def _shapes(raw: Mapping[str, Any]) -> tuple[Shape, ...]:
     """Return the shapes that rows of the card's kind and format may have; none if they do not go together."""
-    shapes = {"hh": HH_SHAPES, "common_prefix": PREFIX_SHAPES}.get(str(raw.get("format")), SHAPES)
-    return shapes.get(str(raw.get("kind")), ())
+    return _shapes_of(str(raw.get("format"))).get(str(raw.get("kind")), ())
+
+
+def _shapes_of(style: str) -> Mapping[str, tuple[Shape, ...]]:
+    return {"hh": HH_SHAPES, "common_prefix": PREFIX_SHAPES, "threads": THREAD_SHAPES}.get(style, SHAPES)
 
 
 def _shape(raw: Mapping[str, Any]) -> Shape:
@@ -376,7 +381,7 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
 def _no_such_format(written: str, kind: str) -> str:
     if written == "hh":
         return f"hh transcripts have no kind {kind}; use {', '.join(HH_SHAPES)}"
-    return f"common_prefix is for {', '.join(PREFIX_SHAPES)} and not for {kind}"
+    return f"{written} is for {', '.join(_shapes_of(written))} and not for {kind}"
 
 
 def _template_problems(

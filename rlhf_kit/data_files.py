@@ -14,15 +14,17 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from rlhf_kit.data_cards import HubSource, data_suffix
 from rlhf_kit.errors import InputError, printable
 
-__all__ = ["MAX_EXPANSION", "MAX_ROW", "file_rows", "hub_rows", "short"]
+__all__ = ["MAX_EXPANSION", "MAX_ROW", "Block", "file_rows", "hub_rows", "json_blocks", "json_row", "short"]
 
 MAX_ROW = 2**24
 """Bytes of a row, some four million tokens. A .gz of 49 kB can unpack to a row that fills the memory."""
@@ -30,6 +32,8 @@ MAX_EXPANSION, FREE_EXPANSION = 200, 2**26
 """A compressed file may unpack to so many times its size; not looked at before so many bytes. Text makes 3 to 20."""
 
 CHUNK = 2**20
+BLOCK = 2**21
+"""Bytes of JSON lines that are read together."""
 ARROW_ROWS = 256
 """Rows of Parquet and Arrow that are made at a time."""
 
@@ -92,7 +96,7 @@ class Reader:
         self.unpacked += len(data)
         if self.unpacked > self.most:
             raise InputError(
-                f"{self.path}:{max(self.line, 1)}: unpacks to more than {MAX_EXPANSION} times its size, as no text "
+                f"{self.path}:{self.line + 1}: unpacks to more than {MAX_EXPANSION} times its size, as no text "
                 "does; unpack it yourself if it is sound"
             )
         return data
@@ -150,6 +154,69 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Cells]]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             yield (where := f"{path}:{number}"), json_row(line, where)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some lines of a file of JSON lines, and their columns if every line has all of these as text."""
+
+    path: Path
+    first_line: int
+    data: bytes
+    columns: dict[str, Any] | None
+    """A pyarrow.StringArray for each name."""
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield "file:line" and the line, for those that are not empty."""
+        for number, line in enumerate(self.data.splitlines(keepends=True), start=self.first_line):
+            if line.strip():
+                yield f"{self.path}:{number}", _decoded(self.path, number, line)
+
+
+def json_blocks(path: Path, names: Sequence[str]) -> Iterator[Block]:
+    """Yield a file of JSON lines in blocks, their columns read by pyarrow a block ahead: six times as fast as by rows.
+
+    Raises:
+        InputError: the file cannot be read to its end. Lines that are not JSON are in a block without columns.
+    """
+    with opened(path) as reader, ThreadPoolExecutor(1) as ahead:
+        waiting: Future[Block] | None = None
+        while data := reader.read(BLOCK):
+            first_line = reader.line + 1
+            lines = data.count(b"\n")
+            reader.line += lines
+            if not data.endswith(b"\n"):
+                data += reader.readline()
+                lines += 1
+            parsed = ahead.submit(_block, path, first_line, lines, data, tuple(names))
+            if waiting is not None:
+                yield waiting.result()
+            waiting = parsed
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _block(path: Path, first_line: int, lines: int, data: bytes, names: Sequence[str]) -> Block:
+    import pyarrow
+    import pyarrow.json
+
+    unread = Block(path, first_line, data, None)
+    try:
+        table = pyarrow.json.read_json(
+            pyarrow.BufferReader(data),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+            pyarrow.json.ParseOptions(
+                explicit_schema=pyarrow.schema([(name, pyarrow.string()) for name in names]),
+                unexpected_field_behavior="ignore",
+            ),
+        )
+        table.validate(full=True)
+    except pyarrow.ArrowException:
+        return unread
+    columns = {name: table.column(name).combine_chunks() for name in names}
+    if table.num_rows != lines or any(column.null_count for column in columns.values()):
+        return unread
+    return Block(path, first_line, data, columns)
 
 
 def json_row(line: str, where: str) -> Cells:

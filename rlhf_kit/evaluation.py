@@ -21,7 +21,7 @@ from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.maths import kl, statistics
 from rlhf_kit.metrics import progress, say
 from rlhf_kit.models import BASE, SharedBase, context_length, load_base
-from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
+from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage
 from rlhf_kit.rollout import completion_logprobs, completion_states, unscored
 from rlhf_kit.scorers import Scorer, Written, add_reward_role, call_function, external_scorer, load_function
 
@@ -55,7 +55,7 @@ def summarise(
     recipe: Recipe,
     folder: Path,
     manifests: Mapping[str, Mapping[str, Any]],
-    examples: Mapping[str, Examples],
+    examples: Mapping[Cards, Examples],
     text_format: TextFormat,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def summarise(
 
 
 def _reward_figures(
-    recipe: Recipe, manifests: Mapping[str, Mapping[str, Any]], examples: Mapping[str, Examples]
+    recipe: Recipe, manifests: Mapping[str, Mapping[str, Any]], examples: Mapping[Cards, Examples]
 ) -> dict[str, Any]:
     """Return the last reward stage's held-out accuracy, and what the gold scorer reaches on the same pairs."""
     stages = [(name, stage) for name, stage in recipe.stages.items() if isinstance(stage, RewardStage)]
@@ -132,7 +132,7 @@ def _answers(
     recipe: Recipe,
     folder: Path,
     manifests: Mapping[str, Mapping[str, Any]],
-    examples: Mapping[str, Examples],
+    examples: Mapping[Cards, Examples],
     text_format: TextFormat,
     accelerator: Accelerator,
     ppo_stages: Sequence[str],

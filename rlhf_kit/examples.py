@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ __all__ = [
     "PromptRow",
     "Ranking",
     "Row",
+    "Share",
     "Text",
     "load_examples",
+    "mixed",
     "prompts_of",
 ]
 
@@ -180,6 +182,52 @@ def prompts_of(examples: Examples) -> Examples:
     return _examples(examples.card, *rows, dropped)
 
 
+@dataclass(frozen=True)
+class Share:
+    """How much of one card goes into a mixture."""
+
+    examples: Examples
+    weight: float
+    cap: int | None
+
+
+def mixed(shares: Sequence[Share]) -> Examples:
+    """Return the rows of several cards as those of one: capped, repeated by weight, one card after the other.
+
+    All held-out rows are held out, once, and no prompt of theirs is trained on. Which rows are taken is decided by
+    their content: a row that is added changes nothing for the others, but where there is a cap.
+    """
+    heldout = [row for share in shares for row in share.examples.heldout]
+    reserved = {_key(row) for row in heldout}
+    train: list[Row] = []
+    counts: Counter[str] = Counter()
+    for share in shares:
+        found, name = share.examples, share.examples.card.name
+        counts.update({what: number for what, number in found.counts.items() if what != "kept"})
+        rows = [row for row in found.train if _key(row) not in reserved]
+        counts["dropped: prompt is also held out"] += len(found.train) - len(rows)
+        if share.cap is not None and len(rows) > share.cap:
+            counts[f"dropped: over the cap of {name}"] += len(rows) - share.cap
+            taken = {id(row) for row in sorted(rows, key=lambda row: _drawn_number(row, "cap"))[: share.cap]}
+            rows = [row for row in rows if id(row) in taken]
+        times = [int(share.weight) + (_drawn_number(row, "weight") < share.weight % 1) for row in rows]
+        counts[f"repeated: weight {share.weight:g} of {name}"] += sum(max(number - 1, 0) for number in times)
+        counts[f"dropped: weight {share.weight:g} of {name}"] += times.count(0)
+        train += [row for row, number in zip(rows, times, strict=True) for _ in range(number)]
+    cards = [share.examples.card for share in shares]
+    card = replace(cards[0], name=" + ".join(card.name for card in cards))
+    return _examples(card, train, heldout, {what: n for what, n in counts.items() if n or what == "read"})
+
+
+def _drawn_number(row: Row, purpose: str) -> float:
+    """Return a number from 0 to 1 that a row has by its content, another one for each purpose."""
+    return _unit_hash(purpose + _encode({**vars(row), "where": ""}))
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 def _examples(card: DataCard, train: list[Row], heldout: list[Row], counts: Mapping[str, int]) -> Examples:
     counts = {"read": counts["read"], "kept": len(train) + len(heldout), **counts}
     digest = hashlib.sha256()
@@ -205,7 +253,7 @@ def _split(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
     The same prompt is on the same side in every card with the same share. Of a few prompts, all of which fall on one
     side, the one with the smallest hash is held out, the one with the greatest is not.
     """
-    hashes = {key: int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 for key in map(_key, rows)}
+    hashes = {key: _unit_hash(key) for key in map(_key, rows)}
     if share == 0 or len(hashes) < 2:
         return rows, []
     least, greatest = min(hashes.values()), max(hashes.values())
@@ -226,8 +274,12 @@ class Book:
     merged: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     """"file:line: what is wrong" of the first rows that break a rule; all of them are in `dropped`."""
+    shown: dict[str, list[str]] = field(default_factory=dict)
+    """The same by reason, also where no rule is broken."""
     breaking: Counter[str] = field(default_factory=Counter)
     """Those of `dropped` that break a rule."""
+    sides: Counter[str] = field(default_factory=Counter)
+    """Votes for the "first" and the "second" completion shown, and "tie", where the data says which stood first."""
 
     @property
     def kept_so_far(self) -> int:
@@ -236,10 +288,26 @@ class Book:
 
     def drop(self, reason: str, message: str, rows: int = 1) -> None:
         """Count rows that break a rule, and keep the first messages."""
-        self.dropped[reason] += rows
-        self.breaking[reason] += rows
+        if rows:
+            self.dropped[reason] += rows
+        self.breaking[reason] += max(rows, 1)
         if len(self.broken) < SHOWN:
             self.broken.append(printable(message))
+        self._show(reason, message)
+
+    def drop_times(self, reason: str, rows: int) -> None:
+        """Count rows that are left out and break no rule."""
+        if rows:
+            self.dropped[reason] += rows
+
+    def leave_out(self, reason: str, where: str) -> None:
+        """Count a row that the card leaves out."""
+        self.dropped[reason] += 1
+        self._show(reason, where)
+
+    def _show(self, reason: str, message: str) -> None:
+        if len(shown := self.shown.setdefault(reason, [])) < SHOWN:
+            shown.append(printable(message))
 
     def others(self) -> dict[str, int]:
         """Return the counts of what was not kept as it was read."""
@@ -262,14 +330,16 @@ def canonical_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Boo
         InputError: a file cannot be read to its end, or a column is not there.
     """
     rows = read_rows(card, source, book)
+    if card.format == "threads":
+        return _threads((row for row in rows if isinstance(row, _Turn)), book)
     if card.kind == "rankings" and "completion" in card.columns:
         return _put_together((row for row in rows if isinstance(row, _Answer)), card, book)
     if card.votes is not None:
         return _counted_votes((row for row in rows if isinstance(row, Preference)), card.votes, book)
-    return (row for row in rows if not isinstance(row, _Answer))
+    return (row for row in rows if not isinstance(row, _Answer | _Turn))
 
 
-def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Row | _Answer]:
+def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Row | _Answer | _Turn]:
     """Yield what each row of the files says, before votes on one pair or completions of one prompt are put together."""
     taken = 0
     for part in [source] if isinstance(source, HubSource) else source:
@@ -281,7 +351,7 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
             book.read += 1
             unmet = next((name for name, wanted in card.filters.where.items() if not _meets(name, wanted, cells)), None)
             if unmet is not None:
-                book.dropped[f"filters.where.{unmet}"] += 1
+                book.leave_out(f"filters.where.{unmet}", where)
                 continue
             yield from taken_rows(card, cells, where, book)
             taken += 1
@@ -291,14 +361,18 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
             raise InputError(f"{part}: is empty, there is no row in it")
 
 
-def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book) -> list[Row | _Answer]:
+def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book) -> list[Row | _Answer | _Turn]:
     """Return what one row of a file says; nothing, and a reason in the book, if it breaks a rule."""
     try:
-        return _rows(_Cells(card, cells, where))
+        read = _Cells(card, cells, where)
+        rows = _rows(read)
     except (_Broken, Missing) as problem:
         book.drop(problem.reason, f"{where}: {problem.detail}")
     except _LeftOut as left_out:
-        book.dropped[str(left_out)] += 1
+        book.leave_out(str(left_out), where)
+    else:
+        book.sides.update("tie" if vote == 0.5 else "first" if vote > 0.5 else "second" for vote in read.votes)
+        return rows
     return []
 
 
@@ -386,7 +460,7 @@ def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
     return False
 
 
-def _rows(read: _Cells) -> list[Row | _Answer]:
+def _rows(read: _Cells) -> list[Row | _Answer | _Turn]:
     """Return what a row says, several rows where there are several votes on a pair; or raise _Broken."""
     card, where = read.card, read.where
     if card.kind == "text":
@@ -399,6 +473,8 @@ def _rows(read: _Cells) -> list[Row | _Answer]:
         return [Demonstration(_kept(prompt), completion, where)]
     if card.kind == "preferences":
         return list(_preferences(read))
+    if card.format == "threads":
+        return [_turn(read)]
     if "completion" in card.columns:
         prompt, (completion,) = read.prompt_and_answers(["completion"])
         name = "rating" if "rating" in card.columns else "rank"
@@ -422,6 +498,8 @@ def _preferences(read: _Cells) -> Iterator[Preference]:
     if ratings is not None and card.margin_per_point is not None:
         margin = card.margin_per_point * abs(ratings[0] - ratings[1])
     for probability, annotator in _judgements(read, pair, ratings):
+        if pair[0] == "first":
+            read.votes.append(probability)
         sides = (first, second) if probability >= 0.5 else (second, first)
         share = max(probability, 1 - probability)
         yield Preference(prompt, *sides, read.where, margin, annotator, None if share == 1 else share)
@@ -534,23 +612,22 @@ def _ranking(read: _Cells) -> Ranking:
         ranks = _ranks(_wins(read, len(completions)), best_is_high=True)
     else:
         ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
-    return _ranked(card, prompt, completions, ranks, ratings, read.where, read.annotator())
+    return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator(), card.margin_per_point)
 
 
 def _ranked(
-    card: DataCard,
     prompt: Prompt,
     completions: list[str],
     ranks: list[float],
     ratings: list[float] | None,
     where: str,
     annotator: str | None,
+    margin_per_point: float | None = None,
 ) -> Ranking:
     if len({completion.strip() for completion in completions}) < len(completions):
         twice = Counter(completion.strip() for completion in completions).most_common(1)[0][0]
         raise _Broken("equal completions", f'a completion stands twice in the ranking: "{short(twice)}"')
-    margin_per_point = 0.0 if ratings is None else card.margin_per_point or 0.0
-    return Ranking(_kept(prompt), completions, ranks, where, ratings, annotator, margin_per_point)
+    return Ranking(_kept(prompt), completions, ranks, where, ratings, annotator, margin_per_point or 0.0)
 
 
 def _ranks(numbers: Sequence[float], best_is_high: bool) -> list[float]:
@@ -592,17 +669,89 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
             numbers = [row.number for row in group]
             rated = "rating" in card.columns
             yield _ranked(
-                card,
                 first.prompt,
                 [row.completion for row in group],
                 _ranks(numbers, best_is_high=rated),
                 numbers if rated else None,
                 first.where,
                 first.annotator,
+                card.margin_per_point,
             )
             book.merged["completions of one prompt"] += count - 1
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", count)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A row that holds one message of a tree of dialogues."""
+
+    id: str
+    parent: str | None
+    role: str
+    text: str
+    rank: float | None
+    where: str
+    annotator: str | None
+
+
+def _turn(read: _Cells) -> _Turn:
+    role, rank, parent = read.cell("role"), read.cell("rank"), read.cell("parent")
+    if not isinstance(role, str) or role not in ROLES:
+        raise _Broken("unknown role", f"{read.called('role')} must be system, user or assistant; seen {short(role)}")
+    return _Turn(
+        id=str(read.cell("id")),
+        parent=None if parent in (None, "") else str(parent),
+        role=ROLES[role],
+        text=read.text("text"),
+        rank=None if rank in (None, "") else read.number("rank", rank),
+        where=read.where,
+        annotator=read.annotator(),
+    )
+
+
+def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
+    """Yield, for each message with several ranked answers of the assistant, these as a ranking.
+
+    The prompt is the way from the root of the tree to that message. Messages that serve in none are dropped, counted.
+    """
+    before_these = book.kept_so_far
+    turns = {turn.id: turn for turn in rows}
+    book.drop_times("repeated message", book.kept_so_far - before_these - len(turns))
+    answers: dict[str | None, list[_Turn]] = {}
+    for turn in turns.values():
+        if turn.role == "assistant" and turn.rank is not None:
+            answers.setdefault(turn.parent, []).append(turn)
+    used: set[str] = set()
+    count = 0
+    for group in answers.values():
+        first = group[0]
+        try:
+            if not COMPLETIONS[0] <= len(group) <= COMPLETIONS[1]:
+                raise _Broken("not 2 to 9 completions", f"{len(group)} ranked answers; a ranking has 2 to 9")
+            before = _way_to(first.parent, turns)
+            prompt = [{"role": turn.role, "content": turn.text} for turn in before]
+            ranks = _ranks([turn.rank for turn in group if turn.rank is not None], best_is_high=False)
+            ranking = _ranked(prompt, [turn.text for turn in group], ranks, None, first.where, first.annotator)
+        except _Broken as problem:
+            book.drop(problem.reason, f"{first.where}: {problem.detail}", rows=0)
+            continue
+        used |= {turn.id for turn in (*before, *group)}
+        count += 1
+        yield ranking
+    book.merged["messages of dialogues"] += len(used) - count
+    book.drop_times("message of no ranking", len(turns) - len(used))
+
+
+def _way_to(message: str | None, turns: Mapping[str, _Turn]) -> list[_Turn]:
+    """Return the messages from the root to one, that one included."""
+    way: list[_Turn] = []
+    while message is not None:
+        if message not in turns or len(way) > len(turns):
+            raise _Broken("message without its thread", f"the message {short(message)} before it is not in the data")
+        way.append(turns[message])
+        message = turns[message].parent
+    return way[::-1]
 
 
 def _kept(prompt: Prompt) -> Prompt:
@@ -624,6 +773,8 @@ class _Cells:
 
     def __init__(self, card: DataCard, cells: Mapping[str, Any], where: str):
         self.card, self.cells, self.where = card, cells, where
+        self.votes: list[float] = []
+        """How probable each judgement makes it that the completion shown first is better."""
 
     def has(self, name: str) -> bool:
         return _has(self.card, name, self.cells)

@@ -7,7 +7,6 @@ from the same is not made again; what was not is, and the log names the setting 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -15,7 +14,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,8 +38,9 @@ from rlhf_kit.collate import (
 )
 from rlhf_kit.errors import InputError, Interrupted, did_you_mean
 from rlhf_kit.examples import Examples, prompts_of
+from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
-from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
+from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
 from rlhf_kit.stages import Job, Outcome, StopRequest
 
 CARD_FIELDS = ("data", "normalize_on", "prompts")
@@ -166,7 +166,7 @@ def start(recipe: Recipe) -> Accelerator:
         )
     device = accelerator.device
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     say(
         f"rlhf_kit {artifacts.__version__}: {world} process{'es' if world > 1 else ''} on {_device_name(device)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -174,24 +174,11 @@ def start(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory that tensors free for the next ones; elsewhere nothing happens.
-
-    By itself it returns blocks of a few megabytes to the system and gets them back page by page: a tenth of PPO's time
-    on a CPU. The peak stays what it is.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
-    with suppress(AttributeError, TypeError):  # not glibc; not POSIX
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 * 2**20)  # the most it takes
-        mallopt(trim_threshold, 2**31 - 1)
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def check_imports(recipe: Recipe, examples: Mapping[str, Examples]) -> None:
+def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
     """Look for the trackers, and try the functions that score on a few prompts, before anything is trained for them.
 
     Raises:
@@ -201,7 +188,7 @@ def check_imports(recipe: Recipe, examples: Mapping[str, Examples]) -> None:
     if missing:
         names = " ".join(missing)
         raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
-    functions: dict[str, str | None] = {  # and a card with prompts
+    functions: dict[str, Cards | None] = {  # and a card with prompts
         settings.reward: settings.prompts
         for name, settings in recipe.stages.items()
         if isinstance(settings, PPOStage) and recipe.reward_source(name) == "function"
@@ -214,7 +201,7 @@ def check_imports(recipe: Recipe, examples: Mapping[str, Examples]) -> None:
         scorers.call_function(function, name, prompts, TRIED_ON[: len(prompts)])
 
 
-def check_lengths(recipe: Recipe, examples: Mapping[str, Examples], text_format: TextFormat) -> None:
+def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_format: TextFormat) -> None:
     """Refuse rows that do not fit, before hours are spent on the stages that come first.
 
     Only stages with `truncate: error`: the others count what they cut or leave out.
@@ -260,7 +247,7 @@ class Pipeline:
 
     recipe: Recipe
     folder: Path
-    examples: Mapping[str, Examples]
+    examples: Mapping[Cards, Examples]
     text_format: TextFormat
     accelerator: Accelerator
     stop: StopRequest
@@ -274,7 +261,7 @@ class Pipeline:
         """Return, as one flat mapping, all that a stage's result depends on."""
         settings = self.recipe.stages[name]
         own = settings.model_dump(exclude={*NOT_OF_THE_RESULT, *CARD_FIELDS})
-        cards = {field: getattr(settings, field, None) for field in CARD_FIELDS}
+        cards: dict[str, Cards | None] = {field: getattr(settings, field, None) for field in CARD_FIELDS}
         own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
         if isinstance(settings, PPOStage) and self.recipe.reward_source(name) == "model":
             reward = Path(settings.reward)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError
 
 from rlhf_kit.errors import InputError, did_you_mean, printable
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml, write_yaml
@@ -38,9 +38,11 @@ from rlhf_kit.settings import (
 __all__ = [
     "Adapter",
     "Base",
+    "Cards",
     "CheckpointEvery",
     "Evaluation",
     "PPOStage",
+    "Portion",
     "Publish",
     "Recipe",
     "RewardStage",
@@ -103,6 +105,30 @@ class CheckpointEvery(Settings):
     minutes: Positive | None = 10.0
 
 
+class Portion(Settings):
+    """One of several cards that a stage learns from."""
+
+    card: Text
+    """A data card."""
+    weight: Positive = 1.0
+    """How often each row to train on is there in an epoch; 2.5 is twice, and half of the rows, by hash, once more."""
+    cap: Count | None = None
+    """At most so many rows to train on, chosen by their hash, before the weight."""
+
+
+_ONE, _SEVERAL = "one card", "several cards"
+Cards = Annotated[
+    Annotated[Text, Tag(_ONE)] | Annotated[tuple[Portion, ...], Field(strict=False), Tag(_SEVERAL)],
+    Discriminator(lambda written: _SEVERAL if isinstance(written, list | tuple) and written else _ONE),
+]
+"""A data card, or a list of {card, weight?, cap?}."""
+
+
+def cards_of(cards: Cards) -> list[str]:
+    """Return the cards that one or several are, in order."""
+    return [cards] if isinstance(cards, str) else [portion.card for portion in cards]
+
+
 class _Training(Settings):
     epochs: Positive = 1.0
     max_steps: Count | None = None
@@ -129,8 +155,8 @@ class SFTStage(_Training):
     kind: Literal["sft"]
     init: Text | None = None
     """An earlier sft stage whose adapter this one goes on from."""
-    data: Text
-    """A data card of kind demonstrations or text."""
+    data: Cards
+    """A data card of kind demonstrations or text, or several to mix."""
 
 
 class RewardStage(_Training):
@@ -143,8 +169,8 @@ class RewardStage(_Training):
     kind: Literal["reward"]
     init: Text | None = None
     """An earlier sft stage whose adapter the reward adapter starts as a copy of."""
-    data: Text
-    """A data card of kind preferences or rankings."""
+    data: Cards
+    """A data card of kind preferences or rankings, or several to mix."""
     normalize_on: Text | None = None
     """A card of demonstrations whose mean score becomes 0 and standard deviation 1; null takes the card of the `init`
     stage, or without one the chosen completions."""
@@ -175,8 +201,8 @@ class PPOStage(Settings):
     """An earlier sft or ppo stage: where the policy starts, and the KL reference."""
     reward: Text
     """An earlier reward stage; or a folder or Hub id of a sequence classification model; or package.module:function."""
-    prompts: Text
-    """A data card of kind prompts; of demonstrations and preferences the prompts are used."""
+    prompts: Cards
+    """A data card of kind prompts, or several; of demonstrations, preferences and rankings the prompts are used."""
     kl_coef: NonNegative
     """Score given up per nat of KL to the reference. Between 0.01 and 0.2 is usual for a normalised score."""
     kl_target: Positive | None = None
@@ -459,6 +485,7 @@ NEEDED: Mapping[str, str] = {
     "stages": "at least one, such as sft: {kind: sft, data: data_cards/mine.md}",
     "kind": "sft, reward or ppo",
     "data": "the data card to learn from",
+    "card": "a data card, such as data_cards/mine.md",
     "policy": "the earlier sft stage to start from",
     "reward": "an earlier reward stage, a model, or package.module:function",
     "prompts": "the data card with the prompts",
@@ -476,6 +503,7 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
             loc = error["loc"]
             if len(loc) > 2 and loc[0] == "stages":
                 loc = (*loc[:2], *loc[3:])  # pydantic puts the stage's kind behind its name
+            loc = tuple(step for step in loc if step not in (_ONE, _SEVERAL))
             key, settings = str(loc[-1]), _settings_at(loc[:-1], data)
             match error["type"]:
                 case "extra_forbidden":
@@ -541,6 +569,8 @@ def _settings_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
             return STAGE_KINDS.get(str(stage.get("kind"))) if isinstance(stage, dict) else None
         case ("stages", _, "checkpoint_every"):
             return CheckpointEvery
+        case ("stages", _, "data" | "prompts", int()):
+            return Portion
         case (section,):
             return SECTIONS.get(str(section))
     return None
@@ -614,6 +644,10 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
         if isinstance(stage, dict):
             for key in ("data", "normalize_on", "prompts"):
                 yield from _file(stage, key, ("stages", name, key), folder, look, "data card")
+                for index, portion in enumerate(stage[key] if isinstance(stage.get(key), list) else []):
+                    if isinstance(portion, dict):
+                        at = ("stages", name, key, index, "card")
+                        yield from _file(portion, "card", at, folder, look, "data card")
             if _names_a_model(stage.get("reward"), folder) and stage["reward"] not in stages:
                 yield from _model(stage, "reward", ("stages", name, "reward"), folder, look)
     if isinstance(evaluation, dict):

@@ -175,3 +175,21 @@ def _bisect(function: Callable[[float], float], inside: float, outside: float) -
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if function(middle) < 0 else (inside, middle)
     return inside
+
+
+def krippendorff_alpha(votes: np.ndarray) -> float | None:
+    """Krippendorff's alpha for nominal labels: 1 is full agreement, 0 what chance gives, below it disagreement.
+
+    votes: [items, labels], how many annotators gave an item a label. Items with one vote say nothing about agreement.
+    None where no item has two votes, or every vote is the same, for then chance would agree as well.
+
+    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", sections C and D: alpha = 1 - D_o / D_e
+    over the matrix of coincidences. The library that computes it is under the GPL.
+    """
+    counts = np.asarray(votes, dtype=np.float64)
+    counts = counts[counts.sum(axis=1) >= 2]
+    per_item, per_label = counts.sum(axis=1), counts.sum(axis=0)
+    total = per_label.sum()
+    observed = float(((per_item**2 - (counts**2).sum(axis=1)) / (per_item - 1)).sum())
+    expected = float((total**2 - (per_label**2).sum()) / (total - 1)) if total else 0.0
+    return None if expected == 0 else 1 - observed / expected

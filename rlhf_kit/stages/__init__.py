@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import Interrupted
 from rlhf_kit.examples import Examples
-from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
+from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage
 
 __all__ = ["Job", "Outcome", "StopRequest"]
 
@@ -74,8 +74,8 @@ class Job:
     """Where adapter/, metrics.jsonl, samples.jsonl and checkpoints/ go."""
     inputs: Mapping[str, dict[str, Any]]
     """The manifests of the stages this one builds on, by stage name; their files have been verified."""
-    examples: Mapping[str, Examples]
-    """By card path, as the recipe names it."""
+    examples: Mapping[Cards, Examples]
+    """By what the recipe names: a card's path, or a mixture of cards."""
     text_format: TextFormat
     accelerator: Accelerator
     stop: StopRequest

@@ -62,6 +62,21 @@ def test_your_own_data_in_five_lines(tmp_path):
     result = chain.run(*shlex.split(check)[1:], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "32 rows read" in result.stdout
+    looks = [line for line in lines_with("rlhf-kit data") if "mine.md" in line]
+    assert [line.split()[2] for line in looks] == ["check", "preview"]
+    for line, seen in zip(looks, ("32 read, 32 kept", "judged     "), strict=True):
+        words = line.replace("recipes/quickstart.yaml", str(chain.ROOT / "recipes" / "quickstart.yaml")).split()
+        result = chain.run(*words[1:], cwd=tmp_path)
+        assert result.returncode == 0 and seen in result.stdout, result.stderr
+
+
+def test_the_data_verbs_are_there():
+    """`data` has the verbs and options that the README names."""
+    for line in (line for line in lines_with("rlhf-kit data") if "mine.md" not in line):
+        for verb in line.split()[2].split("|"):
+            text = chain.run("data", verb, "--help").stdout
+            for option in re.findall(r"--\w+", line):
+                assert option in text, option
 
 
 @pytest.mark.parametrize("command", [line for line in lines_with("rlhf-kit") if "RECIPE" in line or "RUN_DIR" in line])

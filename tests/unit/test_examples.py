@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
+import itertools
 import json
 import os
 import subprocess
@@ -341,17 +343,35 @@ class TestPrompts:
 ROWS = [{"prompt": 'Q "1",\n2', "completion": "A"}, {"prompt": "Frage ß", "completion": " ja"}]
 
 
+def _opened_to_write(name: str):
+    """Open a text file, packed as its ending says."""
+    if name.endswith(".zst"):
+        import pyarrow
+
+        return io.TextIOWrapper(pyarrow.CompressedOutputStream(name, "zstd"), "utf-8", newline="")
+    opened = gzip.open if name.endswith(".gz") else open
+    return opened(name, "wt", encoding="utf-8", newline="")
+
+
 def write_file(name: str) -> None:
     """Write ROWS in the format that the name says."""
-    opened = gzip.open if name.endswith(".gz") else open
-    kind = name.lower().removesuffix(".gz")
-    if kind.endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), name)
+    kind = name.lower().removesuffix(".gz").removesuffix(".zst")
+    table = pyarrow.Table.from_pylist(ROWS)
+    if kind.endswith(".parquet"):
+        pyarrow.parquet.write_table(table, name)
         return
-    with opened(name, "wt", encoding="utf-8", newline="") as file:
+    if kind.endswith(".feather"):
+        pyarrow.feather.write_feather(table, name)
+        return
+    if kind.endswith(".arrow"):  # the stream format, as datasets writes it
+        with pyarrow.ipc.new_stream(name, table.schema) as stream:
+            stream.write_table(table)
+        return
+    with _opened_to_write(name) as file:
         if kind.endswith((".jsonl", ".ndjson")):
             file.write("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS))
         elif kind.endswith(".json"):
@@ -375,6 +395,11 @@ class TestFiles:
             ("d.jsonl.gz", [1, 2]),
             ("d.json.gz", [2, 6]),
             ("d.csv.gz", [2, 4]),
+            ("d.jsonl.zst", [1, 2]),
+            ("d.json.zst", [2, 6]),
+            ("d.tsv.zst", [2, 4]),
+            ("d.arrow", [1, 2]),
+            ("d.feather", [1, 2]),
             ("D.JSONL", [1, 2]),
         ],
     )
@@ -384,6 +409,26 @@ class TestFiles:
         assert load(None, "demonstrations", file=name).train == [
             Demonstration(row["prompt"], row["completion"], f"{name}:{line}")
             for row, line in zip(ROWS, lines, strict=True)
+        ]
+
+    def test_a_pattern_of_names(self, here):
+        """All files that it matches, in the order of their names; other endings are left alone."""
+        for name in ("b", "a", "c"):
+            Path(f"part-{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+        Path("part-d.txt").write_text("no data")
+        found = load(None, "prompts", source="part-*.jsonl")
+        assert [(row.prompt, row.where) for row in found.train] == [(n, f"part-{n}.jsonl:1") for n in "abc"]
+        assert [row.prompt for row in load(None, "prompts", source="p*").train] == ["a", "b", "c"]
+
+    def test_json_longer_than_what_is_held(self, here, monkeypatch):
+        """A list is read piece by piece, on one line or on many, with letters cut anywhere."""
+        monkeypatch.setattr("rlhf_kit.data_files.CHUNK", 7)
+        rows = [{"prompt": f"{'ß' * n}{n}"} for n in range(20)]
+        Path("d.json").write_text(json.dumps(rows, ensure_ascii=False))
+        assert [row.prompt for row in load(None, "prompts", file="d.json").train] == [row["prompt"] for row in rows]
+        Path("d.json").write_text(json.dumps(rows, indent=0))
+        assert [row.where for row in load(None, "prompts", file="d.json").train] == [
+            f"d.json:{2 + 3 * n}" for n in range(20)
         ]
 
     def test_json_lines_that_are_called_json(self, here):
@@ -447,7 +492,21 @@ class TestFiles:
                 gzip.compress(b"x" * (2**24 + 1), mtime=0),
                 "d.jsonl.gz:1: the line is longer than 16,777,216 bytes",
             ),
+            (
+                "d.json.gz",
+                gzip.compress(b'[{"prompt": "' + b"x" * (2**24 + 9), mtime=0),
+                "d.json.gz:1: not JSON, or a row",
+            ),
+            (
+                "d.jsonl.gz",
+                gzip.compress((b'{"prompt": "' + b"x" * (2**20 - 15) + b'"}\n') * 70, mtime=0),
+                "d.jsonl.gz:65: unpacks to more than 200 times its size",
+            ),
+            ("d.jsonl.zst", b"no zstd", "d.jsonl.zst:1: not a sound zstd file"),
             ("d.parquet", b"PAR1xxxxPAR1", "d.parquet:1: not a sound Parquet file"),
+            ("d.arrow", b"ARROW1xxxx", "d.arrow:1: not a sound Arrow file"),
+            ("d.arrow", b"", "d.arrow:1: not a sound Arrow file"),
+            ("d.arrow", b"something else", "d.arrow:1: not a sound Arrow file"),
         ],
     )
     def test_broken_files(self, here, name, content, said):
@@ -489,6 +548,19 @@ class TestHub:
         assert found.heldout == [PromptRow("Qtest", "a/b/c@v1[test]:1")]
         more = {"data_dir": None, "data_files": ["x", "y"], "revision": "v1"}
         assert asked == [(("a/b", "c"), {**more, "split": "train"}), (("a/b", "c"), {**more, "split": "test"})]
+
+    def test_streaming(self, here, monkeypatch):
+        """Rows as they come, where the card says so."""
+        datasets = pytest.importorskip("datasets")
+        asked = []
+
+        def load_dataset(*arguments, **named):
+            asked.append(named["streaming"])
+            return datasets.Dataset.from_list([{"prompt": "Q"}]).to_iterable_dataset()
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        found = load(None, "prompts", source={"hub": "a/b", "revision": "v1", "streaming": True})
+        assert (found.train, asked) == ([PromptRow("Q", "a/b@v1[train]:1")], [True])
 
     def test_one_that_cannot_be_had(self, here):
         """No network, no such dataset or split: one message."""
@@ -541,6 +613,33 @@ class TestRealData:
         assert found.counts == counts
         assert len(found.train) + len(found.heldout) == counts["kept"]
 
+    @pytest.mark.parametrize(
+        ("name", "counts"),
+        [
+            ("qa_feedback", {"read": 500, "kept": 500}),
+            ("polite_answers", {"read": 1100, "kept": 1094, "dropped: chosen equal to rejected": 6}),
+        ],
+    )
+    def test_shipped_cards(self, name, counts):
+        """The cards of data_cards/ over files that are not part of the project, in a data_root."""
+        assert load_examples(load_card(f"data_cards/{name}.md", ASSETS)).counts == counts
+
+    def test_rankings_by_judgements_and_by_scores(self):
+        """Ranks from the six judgements of a row are those of the scores that were derived from them elsewhere."""
+        found = load_examples(load_card("data_cards/qa_feedback.md", ASSETS))
+        lines = (ASSETS / "qa-feedback-dev" / "derived_ranked.jsonl").read_text().splitlines()
+        derived = {row["question"]: row for row in map(json.loads, lines)}
+        ties = 0
+        for row in [*found.train, *found.heldout]:
+            theirs = derived[row.prompt.removesuffix("\nAnswer:")]
+            scores = dict(zip(theirs["responses"], theirs["scores"], strict=True))
+            for (one, rank), (other, rank_of_other) in itertools.combinations(
+                zip(row.completions, row.ranks, strict=True), 2
+            ):
+                assert (rank < rank_of_other) == (scores[one] > scores[other] + 1e-9)
+                ties += rank == rank_of_other
+        assert ties == 330
+
     def test_transcripts_put_together_again(self):
         """Prompt and answers, written as a transcript, are the file's own text up to white space."""
         found = load_examples(load_card("tests/cards/hh_preferences.md"))
@@ -571,9 +670,14 @@ CELLS = st.recursive(
     ),
     max_leaves=6,
 )
-NAMES = ["a\nb", "prompt", "completion", "chosen", "rejected", "text", "margin", "annotator"]
+NAMES = ["a\nb", "prompt", "completion", "chosen", "rejected", "text", "margin", "annotator", "completions", "ranks"]
 ANY_ROWS = st.lists(st.dictionaries(st.sampled_from(NAMES), CELLS, min_size=3), max_size=6)
-KINDS = st.sampled_from(["demonstrations", "preferences", "prompts", "text"])
+KINDS = st.sampled_from(["demonstrations", "preferences", "rankings", "prompts", "text"])
+COLUMNS = st.sampled_from([
+    {}, {"prompt": "chosen.role"}, {"prompt": "chosen[0].content"}, {"completion": "text[-1:]"},
+    {"prompt": {"system": "text", "user": "prompt"}}, {"chosen": "completions[0]", "rejected": "completions[-1]"},
+    {"first": "chosen", "second": "rejected", "ratings": "ranks"}, {"completion": "text", "rating": "margin"},
+])  # fmt: skip
 anything = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -581,19 +685,20 @@ anything = settings(max_examples=300, deadline=None, suppress_health_check=[Heal
 @given(
     rows=ANY_ROWS,
     kind=KINDS,
-    hh=st.booleans(),
+    columns=COLUMNS,
+    style=st.sampled_from([None, None, "hh", "common_prefix"]),
     heldout=st.sampled_from([0, 0.3, 0.9]),
     problem=st.sampled_from(["error", "drop"]),
 )
-def test_any_rows_are_accounted_for(here, rows, kind, hh, heldout, problem):
-    """Whatever the cells hold: every row kept or counted as dropped, or InputError with one-line messages."""
-    block = {"format": "hh"} if hh and kind != "text" else {}
+def test_any_rows_are_accounted_for(here, rows, kind, columns, style, heldout, problem):
+    """Whatever the cells hold: every row kept, merged or counted as dropped, or InputError with one-line messages."""
+    block = {} if style is None else {"format": style}
     try:
-        found = load(rows, kind, heldout=heldout, on_problem=problem, **block)
+        found = load(rows, kind, heldout=heldout, on_problem=problem, columns=columns, **block)
     except InputError as error:
         assert error.problems and all(line and "\n" not in line for line in error.problems)
         return
-    dropped = sum(number for reason, number in found.counts.items() if reason.startswith("dropped: "))
+    dropped = sum(number for reason, number in found.counts.items() if reason.startswith(("dropped: ", "merged: ")))
     assert found.counts["read"] == len(rows) == found.counts["kept"] + dropped
     assert found.counts["kept"] == len(found.train) + len(found.heldout)
 
@@ -601,7 +706,7 @@ def test_any_rows_are_accounted_for(here, rows, kind, hh, heldout, problem):
 @anything
 @given(
     content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode),
-    name=st.sampled_from(["d.jsonl", "d.json", "d.csv", "d.parquet", "d.jsonl.gz"]),
+    name=st.sampled_from(["d.jsonl", "d.json", "d.csv", "d.parquet", "d.arrow", "d.jsonl.gz", "d.jsonl.zst"]),
 )
 def test_any_bytes_are_rows_or_wrong_input(here, content, name):
     """Whatever the file holds: rows, or InputError with one-line messages, and nothing else."""

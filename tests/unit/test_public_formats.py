@@ -474,6 +474,58 @@ class TestRankings:
         assert (found.prompt, found.completions, found.ranks) == ([user("Q")], ["a", "b"], [2.0, 1.0])
 
 
+def message(name: str, parent: str | None, role: str, rank: float | None = None, **more: object) -> dict:
+    return {"message_id": name, "parent_id": parent, "role": role, "text": f"text {name}", "rank": rank,
+            "lang": "en", **more}  # fmt: skip
+
+
+class TestThreads:
+    ROWS = [  # noqa: RUF012
+        message("p1", None, "prompter"),
+        message("a1", "p1", "assistant", 1.0),
+        message("a2", "p1", "assistant", 0.0),
+        message("p2", "a2", "prompter"),
+        message("b1", "p2", "assistant", 0.0),
+        message("b2", "p2", "assistant", 2.0),
+        message("b3", "p2", "assistant", 1.0),
+        message("p3", "b1", "prompter"),
+        message("c1", "p3", "assistant"),
+        message("de", "p2", "assistant", 3.0, lang="de"),
+    ]
+    BLOCK = {  # noqa: RUF012
+        "kind": "rankings",
+        "format": "threads",
+        "columns": {"id": "message_id", "parent": "parent_id"},
+        "filters": {"where": {"lang": "en"}},
+    }
+
+    def test_openassistant(self):
+        """Ranked answers to one message are a ranking; the way to it is the prompt; all messages are accounted for."""
+        found = load(self.ROWS, **self.BLOCK)
+        first = [user("text p1")]
+        assert found.train == [
+            Ranking(first, ["text a1", "text a2"], [2.0, 1.0], "d.json:1"),
+            Ranking(
+                [*first, assistant("text a2"), user("text p2")],
+                ["text b1", "text b2", "text b3"],
+                [1.0, 3.0, 2.0],
+                "d.json:1",
+            ),
+        ]
+        assert found.counts == {
+            "read": 10,
+            "kept": 2,
+            "dropped: filters.where.lang": 1,
+            "dropped: message of no ranking": 2,  # p3 and c1
+            "merged: messages of dialogues": 5,  # p1, a1, a2, p2, b1, b2, b3 less the two kept
+        }
+
+    def test_a_message_that_is_missing(self):
+        """A ranking whose thread is cut is an error, or left out and counted."""
+        with pytest.raises(InputError, match="the message p1 before it is not in the data"):
+            load(self.ROWS[1:3], **self.BLOCK)
+
+
 class TestUnpaired:
     ROWS = [  # noqa: RUF012
         {"prompt": "Q", "completion": "a", "label": True},

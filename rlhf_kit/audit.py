@@ -1,0 +1,857 @@
+"""What a person should know of a card's data before training on it: `rlhf-kit data check`.
+
+Rows flow through once. Of each 39 bytes are kept in a temporary file, hashes and where it stood, from which repetitions
+are told at the end; everything else is counted on the way. So memory does not grow with the data, except for rankings
+whose completions have a row each. Plain cards over JSON lines, whose columns are texts, are read in blocks of columns;
+all others row by row, several times slower.
+
+Near duplicates are found by MinHash: two rows count as near if six, or another six, of twelve permutations agree on the
+least of their shingles, 16 bytes from the beginning of each word (of each letter, in scripts without spaces). Of pairs
+that share 95 % of their shingles about 93 % are found, of 80 %: 46 %, of 50 %: 3 %.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain, combinations, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_kit.columns import path_of, template_columns
+from rlhf_kit.data_cards import DataCard, HubSource, data_suffix
+from rlhf_kit.data_files import Block, json_blocks, json_row
+from rlhf_kit.errors import InputError
+from rlhf_kit.examples import (
+    SHOWN,
+    Book,
+    Demonstration,
+    Preference,
+    Prompt,
+    Ranking,
+    Row,
+    Text,
+    canonical_rows,
+    check_columns,
+    probability_of,
+    read_rows,
+    taken_rows,
+)
+from rlhf_kit.maths.statistics import krippendorff_alpha
+from rlhf_kit.memory import keep_freed_memory
+
+__all__ = ["Audit", "Measured", "as_json", "audit", "lines_of"]
+
+BATCH = 2048
+"""Rows that are looked at together where they come one by one."""
+SHINGLE = 16
+"""Bytes of a shingle."""
+PERMUTATIONS, BANDS = 12, 2
+PART, CHUNK = 2**21, 2**16
+"""Hashes that are sorted together, and records that are read together."""
+SAMPLED = 64
+"""One row in so many is tokenised to say how long rows are; every one that may be too long is."""
+
+ROW = np.dtype([
+    ("row", "u8"), ("prompt", "u8"), ("near0", "u8"), ("near1", "u8"), ("line", "u4"), ("file", "u2"), ("side", "u1"),
+])  # fmt: skip
+PAIR = np.dtype([("pair", "u8"), ("row", "u4"), ("vote", "u1"), ("named", "?")])
+"""A judgement on two completions: vote 0 and 1 are for either of them whichever way they were shown, 2 is a tie."""
+
+MARKERS = re.compile(
+    r"<\|[A-Za-z_0-9 ]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|<\|?(eos|bos|pad|unk)\|?>"
+    r"|\[(CLS|SEP|PAD|MASK|UNK)\]|<｜[^｜]{1,40}｜>"
+)
+"""What chat templates and tokenizers write, and texts should not."""
+ODD = {
+    "control characters": "\x80-\x9f",
+    "zero-width or direction marks": "\u200b\u200c\u200d\u2060\u200e\u200f\u202a\u202b\u202c\u202d\u202e\ufeff",
+    "replacement characters": "\ufffd",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a base's tokens are counted."""
+
+    name: str
+    context: int | None
+    room: Callable[[int, int], bool]
+    """Whether a row of so many bytes in so many messages may be too long."""
+    count: Callable[[Prompt, list[str]], tuple[int, list[int]]]
+    """Tokens of the prompt, and of each completion behind it."""
+
+
+@dataclass
+class Audit:
+    """What was found, as `rlhf-kit data check --json` writes it."""
+
+    card: str
+    kind: str
+    rows: dict[str, Any] = field(default_factory=dict)
+    duplicates: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, Any] = field(default_factory=dict)
+    lengths: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    scripts: dict[str, float] = field(default_factory=dict)
+    suspicious: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What keeps the card from being used as it is."""
+
+
+def audit(card: DataCard, measured: Measured | None = None) -> Audit:
+    """Return what there is to say about a card's data.
+
+    Raises:
+        InputError: a file cannot be read to its end, a column is not there, or no row is left.
+    """
+    keep_freed_memory()
+    sources = [card.sources] if isinstance(card.heldout, float) else [card.sources, card.heldout]
+    with _Looking(card, measured) as looking, ThreadPoolExecutor(1) as beside:
+        before: Future[None] | None = None
+        for side, source in enumerate(sources):
+            for batch in _batches(card, source, looking.book):  # NumPy looks at one while the next one is read
+                if before is not None:
+                    before.result()
+                before = beside.submit(looking.at, batch, side)
+        if before is not None:
+            before.result()
+        return looking.found()
+
+
+# ---------------------------------------------------------------- batches of rows
+
+
+@dataclass
+class _Batch:
+    """Rows, column by column."""
+
+    files: list[str]
+    file: np.ndarray
+    """Of each row its place in `files`."""
+    line: np.ndarray
+    keys: list[str]
+    """The prompts, such that different ones differ."""
+    prompts: list[str]
+    """Their texts."""
+    answers: list[list[str]]
+    """The texts beside the prompt: completions; chosen and rejected; of a ranking all in one."""
+    hashes: list[np.ndarray]
+    """Of the answers without the white space around them."""
+    rows: Sequence[Row] | None = None
+    """The rows themselves, where they came one by one."""
+
+
+def _batches(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[_Batch]:
+    files = [] if isinstance(source, HubSource) else list(source)
+    if not files or not all(_is_plain(card, path) for path in files):
+        yield from _by_rows(card, source, book)
+        return
+    for path in files:
+        yield from _by_blocks(card, path, book)
+
+
+def _by_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[_Batch]:
+    rows = canonical_rows(card, source, book) if card.kind == "rankings" else read_rows(card, source, book)
+    while chunk := [row for row in islice(rows, BATCH) if isinstance(row, Row)]:
+        yield _batch(chunk)
+
+
+def _batch(rows: Sequence[Row]) -> _Batch:
+    keys, prompts = [], []
+    answers: list[list[str]] = []
+    for row in rows:
+        prompt: Prompt = "" if isinstance(row, Text) else row.prompt
+        keys.append(prompt if isinstance(prompt, str) else json.dumps(prompt))
+        prompts.append(_text(prompt))
+        answers.append(_answers(row))
+    places = [row.where.rpartition(":") for row in rows]
+    files = list(dict.fromkeys(file for file, _, _ in places))
+    file = np.array([files.index(name) for name, _, _ in places])
+    line = np.array([int(number) for _, _, number in places])
+    columns = [list(column) for column in zip(*answers, strict=True)]
+    return _Batch(files, file, line, keys, prompts, columns, list(map(_stripped_hashes, columns)), rows)
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def _answers(row: Row) -> list[str]:
+    match row:
+        case Text(text=text):
+            return [text]
+        case Demonstration(completion=completion):
+            return [completion]
+        case Preference(chosen=chosen, rejected=rejected):
+            return [chosen, rejected]
+        case Ranking(completions=completions):
+            return ["\n\n".join(completions)]
+    return []
+
+
+def _is_plain(card: DataCard, path: Path) -> bool:
+    """Return whether the rows are lines of JSON with texts in columns, and the card takes them as they are."""
+    suffix = (data_suffix(path) or "").removesuffix(".gz").removesuffix(".zst")
+    ways = [way for name, way in card.columns.items() if name in card.mapped or name not in ("margin", "annotator")]
+    return (
+        suffix in (".jsonl", ".ndjson")
+        and card.kind in ("demonstrations", "preferences", "prompts", "text")
+        and not (card.format or card.templates or card.preferred or card.filters.where or card.filters.max_rows)
+        and not card.mapped & {"margin", "annotator", "ratings", "probability", "first", "second"}
+        and all(isinstance(way, str) and len(path_of(way)) == 1 and not template_columns(way) for way in ways)
+    )
+
+
+def _by_blocks(card: DataCard, path: Path, book: Book) -> Iterator[_Batch]:
+    """Yield the rows of a file of JSON lines with plain columns."""
+    names = [name for name in ("prompt", "completion", "chosen", "rejected", "text") if name in card.columns]
+    theirs = {name: str(card.columns[name]) for name in names}
+    first = True
+    for block in json_blocks(path, sorted(set(theirs.values()))):
+        if first:
+            opening = next(block.lines(), None)
+            if opening is None:
+                continue
+            cells = json_row(opening[1], opening[0])
+            check_columns(card, opening[0], cells)
+            first = False
+            by_line = "margin" in cells or "annotator" in cells
+        if by_line or block.columns is None:
+            yield from _by_lines(card, block, book)
+            continue
+        columns = {name: block.columns[way].to_pylist() for name, way in theirs.items()}
+        yield from _by_columns(card, block, columns, book)
+    if first:
+        raise InputError(f"{path}: is empty, there is no row in it")
+
+
+def _by_lines(card: DataCard, block: Block, book: Book) -> Iterator[_Batch]:
+    rows: list[Row] = []
+    for where, line in block.lines():
+        book.read += 1
+        rows += [row for row in taken_rows(card, json_row(line, where), where, book) if isinstance(row, Row)]
+    if rows:
+        yield _batch(rows)
+
+
+def _by_columns(card: DataCard, block: Block, columns: dict[str, list[str]], book: Book) -> Iterator[_Batch]:
+    count = len(next(iter(columns.values())))
+    book.read += count
+    lines = np.arange(block.first_line, block.first_line + count)
+    prompts = columns.pop("prompt", None)
+    hashes = [_stripped_hashes(column) for column in columns.values()]
+    broken = np.zeros(count, bool)
+    for column in hashes:
+        broken |= column == _EMPTY
+    if prompts is not None and "" in (stripped := list(map(str.strip, prompts))):
+        broken |= np.array([not text for text in stripped])
+    if card.kind == "preferences":
+        broken |= hashes[-2] == hashes[-1]
+    if broken.any():
+        for row, (where, line) in enumerate(block.lines()):
+            if broken[row]:
+                taken_rows(card, json_row(line, where), where, book)
+        keep = np.flatnonzero(~broken)
+        columns = {name: [column[row] for row in keep] for name, column in columns.items()}
+        prompts = prompts and [prompts[row] for row in keep]
+        lines, hashes = lines[keep], [column[keep] for column in hashes]
+    if len(lines):
+        keys = [""] * len(lines) if prompts is None else prompts
+        yield _Batch([str(block.path)], np.zeros(len(lines), int), lines, keys, keys, list(columns.values()), hashes)
+
+
+# ---------------------------------------------------------------- looking at them
+
+
+class _Looking:
+    """The books of an audit while rows flow by."""
+
+    def __init__(self, card: DataCard, measured: Measured | None):
+        self.card, self.measured = card, measured
+        self.book = Book()
+        self.files: dict[str, int] = {}
+        self.count = 0
+        self.on_side = [0, 0]
+        self.characters: Counter[str] = Counter()
+        self.letters = np.zeros(0x110000, dtype=np.int64)
+        self.longer = Counter[str]()
+        self.ties = 0
+        self.best_at: Counter[int] = Counter()
+        self.annotators: Counter[str] = Counter()
+        self.odd: dict[str, list[Any]] = {}
+        self.tokens: list[int] = []
+        self.too_long: Counter[str] = Counter()
+        self.too_long_shown: list[str] = []
+        self.measured_rows = 0
+
+    def __enter__(self) -> _Looking:
+        self.rows, self.pairs = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rows.close()
+        self.pairs.close()
+
+    def at(self, batch: _Batch, side: int) -> None:
+        """Look at some rows."""
+        size = len(batch.keys)
+        records = np.zeros(size, ROW)
+        records["line"] = batch.line
+        records["file"] = np.array([self.files.setdefault(file, len(self.files)) for file in batch.files])[batch.file]
+        records["side"] = side
+        prompts = _hashes(batch.keys)
+        records["prompt"] = prompts
+        records["row"] = sum((_mixed(hashes, place) for place, hashes in enumerate([prompts, *batch.hashes])))
+        lengths = [np.fromiter(map(len, column), np.int64, size) for column in [batch.prompts, *batch.answers]]
+        data, offsets = _laid_out([batch.prompts, *batch.answers], lengths)
+        self._look_at_bytes(batch, data, offsets, records)
+        least = _least(data, offsets)
+        bands = _mixed(least.astype(np.uint64), 0).reshape(BANDS, -1, size)
+        for band in range(BANDS):
+            hashed = np.zeros(size, np.uint64)
+            for row in bands[band]:
+                hashed = hashed * np.uint64(0x100000001B3) ^ row
+            records[f"near{band}"] = hashed
+        self._look_at_labels(batch, prompts, lengths)
+        if self.measured is not None:
+            self._look_at_tokens(batch)
+        records.tofile(self.rows)
+        self.count += size
+        self.on_side[side] += size
+
+    def _look_at_bytes(self, batch: _Batch, data: np.ndarray, offsets: np.ndarray, records: np.ndarray) -> None:
+        """Count letters, and note rows with characters or words that do not belong into text."""
+        self.letters[ord("a")] += np.count_nonzero(((data | 32) - np.uint8(97)) < 26)
+        low = np.flatnonzero((data < 32) | (data == 127))
+        if len(odd := low[_CONTROL[data[low]]]):
+            self._note("control characters", _rows_at(odd, offsets), records)
+        if data.max() >= 128:
+            letters = np.frombuffer(data[data >= 128].tobytes().decode().encode("utf-32-le"), np.uint32)
+            counts = np.bincount(letters, minlength=0x110000)
+            self.letters += counts
+            for what, characters in ODD.items():
+                if counts[_numbers(characters)].any():
+                    self._note(what, _matching(re.compile(f"[{characters}]"), batch, range(len(records))), records)
+        brackets = np.flatnonzero((data == ord("<")) | (data == ord("[")))
+        if len(brackets):
+            rows = np.unique(_rows_at(brackets, offsets))
+            self._note("template tokens", _matching(MARKERS, batch, rows.tolist()), records)
+
+    def _note(self, what: str, rows: np.ndarray, records: np.ndarray) -> None:
+        rows = np.unique(rows)
+        if len(rows):
+            note = self.odd.setdefault(what, [0, []])
+            note[0] += len(rows)
+            note[1] += [self._place(records[row]) for row in rows[: SHOWN - len(note[1])]]
+
+    def _place(self, record: Any) -> str:
+        names = list(self.files)
+        return f"{names[int(record['file'])]}:{int(record['line'])}"
+
+    def _look_at_labels(self, batch: _Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray]) -> None:
+        if self.card.kind == "preferences":
+            chosen, rejected = batch.hashes
+            pairs = np.zeros(len(prompts), PAIR)
+            pairs["pair"] = _mixed(prompts, 0) + _mixed(chosen, 1) + _mixed(rejected, 1)
+            pairs["row"] = np.arange(self.count, self.count + len(prompts))
+            pairs["vote"] = chosen < rejected
+            self.characters.update(chosen=int(lengths[1].sum()), rejected=int(lengths[2].sum()))
+            difference = lengths[1] - lengths[2]
+            if batch.rows is not None:
+                tied = np.array([probability_of(row) == 0.5 for row in batch.rows])  # type: ignore[arg-type]
+                pairs["vote"][tied] = 2
+                named = [row.annotator for row in batch.rows]  # type: ignore[union-attr]
+                pairs["named"] = [name is not None for name in named]
+                self.annotators.update(name for name in named if name is not None)
+                self.ties += int(tied.sum())
+                difference = difference[~tied]
+            self._count_longer(difference)
+            pairs.tofile(self.pairs)
+        elif self.card.kind == "rankings":
+            self._look_at_rankings(batch.rows or ())
+        elif batch.answers:
+            self.characters["text" if self.card.kind == "text" else "completion"] += int(lengths[1].sum())
+        if self.card.kind != "text":
+            self.characters["prompt"] += int(lengths[0].sum())
+
+    def _count_longer(self, difference: np.ndarray) -> None:
+        self.longer.update(
+            longer=int((difference > 0).sum()), equal=int((difference == 0).sum()), pairs=len(difference)
+        )
+
+    def _look_at_rankings(self, rows: Iterable[Any]) -> None:
+        found, differences = [], []
+        for number, row in enumerate(rows, start=self.count):
+            self.best_at.update(place for place, rank in enumerate(row.ranks, start=1) if rank == min(row.ranks))
+            if row.annotator is not None:
+                self.annotators[row.annotator] += 1
+            self.characters["completion"] += sum(map(len, row.completions))
+            self.characters["completions"] += len(row.completions)
+            prompt = hash(json.dumps(row.prompt))
+            for one, other in combinations(range(len(row.completions)), 2):
+                texts, ranks = row.completions, row.ranks
+                self.ties += ranks[one] == ranks[other]
+                first, second = hash(texts[one]), hash(texts[other])
+                vote = 2 if ranks[one] == ranks[other] else int((ranks[one] < ranks[other]) == (first < second))
+                pair = (hash((prompt, min(first, second), max(first, second)))) & (2**64 - 1)
+                found.append((pair, number, vote, row.annotator is not None))
+                if vote != 2:
+                    better = ranks[one] < ranks[other]
+                    differences.append((len(texts[one]) - len(texts[other])) * (1 if better else -1))
+        np.array(found, PAIR).tofile(self.pairs)
+        self._count_longer(np.array(differences, dtype=np.int64))
+
+    def _look_at_tokens(self, batch: _Batch) -> None:
+        """Count the tokens of a sample of the rows, and of every row that may be too long."""
+        assert self.measured is not None
+        for at in range(len(batch.keys)):
+            row = batch.rows[at] if batch.rows is not None else None
+            prompt: Prompt = batch.prompts[at] if row is None or isinstance(row, Text) else row.prompt
+            texts = row.completions if isinstance(row, Ranking) else [column[at] for column in batch.answers]
+            size = len(batch.prompts[at].encode()) + max((len(text.encode()) for text in texts), default=0)
+            sampled = self.count + at < 4 * SAMPLED or (self.count + at) % SAMPLED == 0
+            messages = 1 if isinstance(prompt, str) else len(prompt)
+            if not sampled and not self.measured.room(size, messages):
+                continue
+            before, lengths = self.measured.count(prompt, texts)
+            whole = before + max(lengths, default=0)
+            if sampled and len(self.tokens) < 100_000:
+                self.tokens.append(whole)
+            context = self.measured.context
+            if context is not None and whole > context:
+                self.too_long["rows"] += 1
+                self.too_long["tokens"] += whole - context
+                self.too_long["completion alone"] += max(lengths, default=0) > context
+                if len(self.too_long_shown) < SHOWN:
+                    file, line = batch.files[batch.file[at]], batch.line[at]
+                    self.too_long_shown.append(f"{file}:{line} ({whole:,} tokens)")
+
+    # ------------------------------------------------------------ what was found
+
+    def found(self) -> Audit:
+        """Return the figures.
+
+        Raises:
+            InputError: no row is left.
+        """
+        card, book = self.card, self.book
+        result = Audit(str(card.path), card.kind)
+        result.rows = {
+            "read": book.read,
+            "kept": self.count,
+            "dropped": {
+                reason: {"rows": number, "examples": book.shown.get(reason, [])}
+                for reason, number in book.dropped.items()
+            },
+            "merged": dict(book.merged),
+        }
+        if book.broken and card.on_problem == "error":
+            result.problems += book.problems(card)
+        if not self.count:
+            raise InputError(result.problems or f"{card.path}: no row is left of {book.read:,} read")
+        self._tell_duplicates(result)
+        self._tell_prompts(result)
+        if card.kind in ("preferences", "rankings"):
+            self._tell_labels(result)
+        self._tell_lengths(result)
+        self._tell_tokens(result)
+        result.scripts = _scripts(self.letters)
+        result.suspicious = {what: {"rows": rows, "examples": shown} for what, (rows, shown) in self.odd.items()}
+        result.warnings = list(_warnings(result))
+        return result
+
+    def _tell_duplicates(self, result: Audit) -> None:
+        repeated = np.zeros(self.count, bool)
+        shown: list[list[int]] = []
+        for rows, _, starts in _repeated(self.rows, ROW, "row"):
+            repeated[_later(rows, starts)] = True
+            shown += _examples(rows, starts, SHOWN - len(shown))
+        near = np.zeros(self.count, bool)
+        near_shown: list[list[int]] = []
+        for band in range(BANDS):
+            for rows, records, _ in _repeated(self.rows, ROW, f"near{band}"):
+                once = ~repeated[rows]
+                rows, starts = rows[once], _starts(records[f"near{band}"][once])
+                near[_later(rows, starts)] = True
+                near_shown += _examples(rows, starts, SHOWN - len(near_shown))
+        result.duplicates = {
+            "exact": {"rows": int(repeated.sum()), "examples": self._places(shown)},
+            "near": {"rows": int(near.sum()), "examples": self._places(near_shown)},
+        }
+
+    def _tell_prompts(self, result: Audit) -> None:
+        card = self.card
+        if card.kind != "text":
+            unique, shared = self.count, 0
+            shown: list[list[int]] = []
+            for rows, records, starts in _repeated(self.rows, ROW, "prompt"):
+                unique -= len(rows) - len(starts)
+                sides = records["side"]
+                both = np.flatnonzero(
+                    (np.minimum.reduceat(sides, starts) == 0) & (np.maximum.reduceat(sides, starts) == 1)
+                )
+                ends = np.append(starts[1:], len(rows))
+                for group in both:
+                    inside = slice(starts[group], ends[group])
+                    shared += int((sides[inside] == 0).sum())
+                    if len(shown) < SHOWN:
+                        shown.append([int(rows[inside][sides[inside] == side][0]) for side in (0, 1)])
+            result.prompts = {"distinct": unique}
+            if not isinstance(card.heldout, float):
+                places = self._places(shown)
+                result.prompts["shared_between_splits"] = {"rows": shared, "examples": places}
+                if shared and card.shared_prompts == "error":
+                    result.problems += [f"{one}: the prompt is also held out, in {other}" for one, other in places]
+                    result.problems.append(
+                        f"{card.path}: {shared:,} rows to train on have prompts that are also held out; take them out "
+                        "of one, or write shared_prompts: drop"
+                    )
+        result.prompts["heldout"] = card.heldout if isinstance(card.heldout, float) else self.on_side[1]
+
+    def _tell_labels(self, result: Audit) -> None:
+        pairs, judged_twice, conflicting = self.pairs.tell() // PAIR.itemsize, 0, 0
+        shown: list[list[int]] = []
+        votes: list[np.ndarray] = []
+        for _, records, starts in _repeated(self.pairs, PAIR, "pair"):
+            ends = np.append(starts[1:], len(records))
+            counts = np.stack(
+                [np.add.reduceat((records["vote"] == vote).astype(np.int64), starts) for vote in range(3)], axis=1
+            )
+            pairs -= len(records) - len(starts)
+            judged_twice += len(starts)
+            conflict = np.flatnonzero((counts[:, 0] > 0) & (counts[:, 1] > 0))
+            conflict = conflict[np.argsort(records["row"][starts[conflict]])]
+            conflicting += len(conflict)
+            for group in conflict[: SHOWN - len(shown)]:
+                inside = records[starts[group] : ends[group]]
+                shown.append(sorted(int(inside["row"][inside["vote"] == vote][0]) for vote in (0, 1)))
+            named = np.stack(
+                [
+                    np.add.reduceat(((records["vote"] == vote) & records["named"]).astype(np.int64), starts)
+                    for vote in range(3)
+                ],
+                axis=1,
+            )
+            votes.append(named[named.sum(axis=1) > 1])
+        # Which of two completions is label 0 is chance: each pair counts both ways round.
+        both_ways = [turned for cast in votes for turned in (cast, cast[:, [1, 0, 2]])]
+        agreement = krippendorff_alpha(np.concatenate(both_ways)) if votes else None
+        result.labels = {
+            "pairs": pairs,
+            "pairs_judged_more_than_once": judged_twice,
+            "conflicting": {"pairs": conflicting, "examples": self._places(shown)},
+            "ties": self.ties,
+            "annotators": dict(self.annotators.most_common(20)),
+            "annotator_count": len(self.annotators),
+            "krippendorff_alpha": agreement,
+        }
+        if self.book.sides:
+            result.labels["votes"] = {side: self.book.sides[side] for side in ("first", "second", "tie")}
+        if self.best_at:
+            result.labels["best_stands_at"] = {str(place): self.best_at[place] for place in sorted(self.best_at)}
+
+    def _tell_lengths(self, result: Audit) -> None:
+        divisor = {"completion": self.characters["completions"] or self.count}
+        result.lengths = {
+            f"{what}_characters": round(total / divisor.get(what, self.count), 1)
+            for what, total in self.characters.items()
+            if what != "completions"
+        }
+        if self.longer["pairs"]:
+            right = self.longer["longer"] + self.longer["equal"] / 2
+            result.lengths["longer_wins"] = round(right / self.longer["pairs"], 4)
+
+    def _tell_tokens(self, result: Audit) -> None:
+        if self.measured is None:
+            return
+        lengths = np.array(self.tokens)
+        result.tokens = {
+            "base": self.measured.name,
+            "context": self.measured.context,
+            "sampled_rows": len(lengths),
+            **{name: int(np.quantile(lengths, q)) for name, q in (("median", 0.5), ("p95", 0.95), ("longest", 1.0))},
+            "too_long": {
+                "rows": self.too_long["rows"],
+                "tokens_to_cut": self.too_long["tokens"],
+                "rows_whose_completion_alone_is_too_long": self.too_long["completion alone"],
+                "examples": self.too_long_shown,
+            },
+        }
+
+    def _places(self, groups: Sequence[Sequence[int]]) -> list[list[str]]:
+        """Return "file:line" of rows by their numbers."""
+        places = []
+        for group in groups:
+            named = []
+            for row in group:
+                self.rows.seek(row * ROW.itemsize)
+                named.append(self._place(np.frombuffer(self.rows.read(ROW.itemsize), ROW)[0]))
+            places.append(named)
+        return places
+
+
+# ---------------------------------------------------------------- hashes and sketches
+
+_EMPTY = np.uint64(hash("") & (2**64 - 1))
+
+_SEEDS = np.random.default_rng(20170612).integers(2**63, size=PERMUTATIONS, dtype=np.uint64)
+_ODDS = (_SEEDS | np.uint64(1)).astype(np.uint32)
+_CONTROL = np.array([(number < 32 and chr(number) not in "\t\n\r") or number == 127 for number in range(256)])
+
+
+def _hashes(texts: Sequence[str]) -> np.ndarray:
+    """Return 64-bit hashes, which hold within this process."""
+    return np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64)
+
+
+def _mixed(hashes: np.ndarray, place: int) -> np.ndarray:
+    """Return hashes that differ by the place that the hashed thing has."""
+    mixed = (hashes + np.uint64(place)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
+    return mixed * np.uint64(0xBF58476D1CE4E5B9)
+
+
+def _least(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return the least hashes [permutations, rows] of the shingles of texts, each of which ends with SHINGLE spaces."""
+    starts = offsets[:-1]
+    low = data <= 32
+    begins = np.empty(len(data), bool)
+    begins[1:] = low[:-1] > low[1:]
+    if data.max() >= 0xE0:
+        begins |= data >= 0xE0  # scripts without spaces: each of their letters begins a shingle
+    begins[starts] = True
+    words = np.flatnonzero(begins)
+    # All pieces of SHINGLE bytes, as opaque elements: three times as fast to pick from as unaligned numbers.
+    pieces = np.lib.stride_tricks.as_strided(data[:SHINGLE].view(f"V{SHINGLE}"), (len(data) - SHINGLE + 1,), (1,))
+    picked = pieces[words].view(np.uint64) | np.uint64(0x2020202020202020)  # upper case letters become lower case ones
+    hashes = picked[::2] * np.uint64(0x9E3779B97F4A7C15)
+    hashes ^= hashes >> np.uint64(32)
+    hashes += picked[1::2]
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)
+    small = (hashes >> np.uint64(32)).astype(np.uint32)
+    first, permuted = np.searchsorted(words, starts), np.empty_like(small)
+    return np.stack([np.minimum.reduceat(np.multiply(small, odd, out=permuted), first) for odd in _ODDS])
+
+
+def _numbers(characters: str) -> list[int]:
+    """Return the numbers of characters, "a-c" being three of them."""
+    if len(characters) == 3 and characters[1] == "-":
+        return list(range(ord(characters[0]), ord(characters[2]) + 1))
+    return [ord(character) for character in characters]
+
+
+def _stripped_hashes(texts: Sequence[str]) -> np.ndarray:
+    """Return the hashes of texts without the white space around them; most have none, and keep their hash."""
+    return _hashes(list(map(str.strip, texts)))
+
+
+def _laid_out(columns: Sequence[Sequence[str]], lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bytes of all rows, each with its texts and SHINGLE spaces, and where each row begins and ends."""
+    whole = "\n".join(chain.from_iterable(zip(*columns, repeat(" " * SHINGLE), strict=False))) + "\n"
+    data = np.frombuffer(whole.encode(), np.uint8)
+    if len(data) > len(whole):
+        lengths = [np.array([len(text.encode()) for text in column]) for column in columns]
+    sizes = np.sum(lengths, axis=0) + len(columns) + SHINGLE + 1
+    return data, np.append(0, np.cumsum(sizes))
+
+
+def _matching(pattern: re.Pattern[str], batch: _Batch, rows: Iterable[int]) -> np.ndarray:
+    """Return those of the rows of which a text has a match."""
+    columns = [batch.prompts, *batch.answers]
+    return np.array([row for row in rows if any(pattern.search(column[row]) for column in columns)], dtype=int)
+
+
+def _rows_at(positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return in which rows the bytes at these positions are."""
+    return np.searchsorted(offsets, positions, side="right") - 1
+
+
+def _repeated(file: Any, dtype: np.dtype, name: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield records whose hash `name` occurs more than once: their numbers, themselves, and where each group begins.
+
+    Equal ones stand side by side in the order in which they were written. Every part of the hashes is looked at by
+    itself, so that memory does not grow with their number.
+    """
+    file.flush()
+    file.seek(0, 2)
+    total = file.tell() // dtype.itemsize
+    parts = -(-total // PART)
+    for part in range(parts):
+        hashes = np.concatenate([
+            chunk[name] if parts == 1 else chunk[name][_part(chunk[name], parts) == part]
+            for _, chunk in _chunks(file, dtype, total)
+        ])  # fmt: skip
+        hashes.sort()
+        again = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        del hashes
+        if not len(again):
+            continue
+        numbers, records = [], []
+        for start, chunk in _chunks(file, dtype, total):
+            inside = np.flatnonzero(_among(chunk[name], again))
+            numbers.append(inside + start)
+            records.append(chunk[inside])
+        order = np.argsort(np.concatenate(records)[name], kind="stable")
+        ordered = np.concatenate(records)[order]
+        yield np.concatenate(numbers)[order], ordered, _starts(ordered[name])
+
+
+def _chunks(file: Any, dtype: np.dtype, total: int) -> Iterator[tuple[int, np.ndarray]]:
+    file.seek(0)
+    for start in range(0, total, CHUNK):
+        yield start, np.frombuffer(file.read(min(CHUNK, total - start) * dtype.itemsize), dtype)
+
+
+def _part(hashes: np.ndarray, parts: int) -> np.ndarray:
+    return (hashes >> np.uint64(40)) % np.uint64(parts)
+
+
+def _among(hashes: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Return which of the hashes are among some ordered ones."""
+    return ordered[np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)] == hashes
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Return where another hash begins."""
+    return np.flatnonzero(np.append(len(ordered) > 0, ordered[1:] != ordered[:-1]))
+
+
+def _later(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return all rows but the first of each group."""
+    later = np.ones(len(rows), bool)
+    later[starts] = False
+    return rows[later]
+
+
+def _examples(rows: np.ndarray, starts: np.ndarray, wanted: int) -> list[list[int]]:
+    """Return the first two rows of the groups of several that come first."""
+    several = np.flatnonzero(np.diff(np.append(starts, len(rows))) > 1)
+    chosen = several[np.argsort(rows[starts[several]])][: max(wanted, 0)]
+    return [[int(rows[starts[group]]), int(rows[starts[group] + 1])] for group in chosen]
+
+
+def _scripts(letters: np.ndarray) -> dict[str, float]:
+    """Return the share of letters in each script, the most frequent first, by the first word of their Unicode names."""
+    counts: Counter[str] = Counter()
+    for number in np.flatnonzero(letters):
+        letter = chr(int(number))
+        if letter.isalpha():
+            name = unicodedata.name(letter, "unnamed").split()[0].removeprefix("FULLWIDTH-")
+            counts[{"CJK": "Han"}.get(name, name.capitalize())] += int(letters[number])
+    return {name: round(number / counts.total(), 4) for name, number in counts.most_common()}
+
+
+# ---------------------------------------------------------------- in words
+
+
+def _warnings(found: Audit) -> Iterator[str]:
+    rows = found.rows["kept"]
+    if rate := found.duplicates["exact"]["rows"]:
+        yield f"{rate:,} rows ({rate / rows:.1%}) repeat another one exactly"
+    if rate := found.duplicates["near"]["rows"]:
+        yield f"about {rate:,} rows ({rate / rows:.1%}) nearly repeat another one"
+    if shared := found.prompts.get("shared_between_splits", {}).get("rows"):
+        yield f"{shared:,} rows to train on have a prompt that is also held out"
+    if conflicts := found.labels.get("conflicting", {}).get("pairs"):
+        yield f"{conflicts:,} pairs of completions are judged both ways"
+    longer = found.lengths.get("longer_wins", 0.5)
+    if abs(longer - 0.5) > 0.1:
+        which = "longer" if longer > 0.5 else "shorter"
+        yield f"the {which} one wins {max(longer, 1 - longer):.0%} of the pairs: a reward model may learn length"
+    votes = found.labels.get("votes", {})
+    sided = votes.get("first", 0) + votes.get("second", 0)
+    if sided and abs(votes["first"] / sided - 0.5) > 3 * 0.5 / sided**0.5:
+        yield f"the completion shown first wins {votes['first'] / sided:.1%} of the votes; was their order random?"
+    alpha = found.labels.get("krippendorff_alpha")
+    if alpha is not None and alpha < 0.4:
+        yield f"annotators agree little: Krippendorff's alpha is {alpha:.2f}"
+    if cut := found.tokens.get("too_long", {}).get("rows"):
+        yield f"{cut:,} rows are longer than the context of {found.tokens['context']:,} tokens"
+    for what, note in found.suspicious.items():
+        yield f"{note['rows']:,} rows with {what}, first in {note['examples'][0]}"
+
+
+def as_json(found: Audit) -> str:
+    """Return an audit as JSON."""
+    return json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n"
+
+
+def lines_of(found: Audit) -> list[str]:
+    """Return an audit for a person to read."""
+    rows = found.rows
+    lines = [f"{found.card}: {found.kind}", f"rows        {rows['read']:,} read, {rows['kept']:,} kept"]
+    for reason, note in rows["dropped"].items():
+        lines.append(f"            {note['rows']:,} dropped: {reason}")
+        lines += [f"              {example}" for example in note["examples"][:2]]
+    lines += [f"            {number:,} merged: {what}" for what, number in rows["merged"].items() if number]
+    for name, note in found.duplicates.items():
+        lines.append(f"duplicates  {'about ' * (name == 'near')}{note['rows']:,} {name}{_shown(note['examples'])}")
+    heldout = found.prompts["heldout"]
+    held = f"{heldout:.0%} held out, by hash" if isinstance(heldout, float) else f"{heldout:,} rows held out"
+    distinct = f"{found.prompts['distinct']:,} distinct; " if "distinct" in found.prompts else ""
+    lines.append(f"prompts     {distinct}{held}")
+    if shared := found.prompts.get("shared_between_splits"):
+        lines.append(f"            {shared['rows']:,} rows on both sides of the split{_shown(shared['examples'])}")
+    lines += _label_lines(found.labels)
+    described = [f"{name.removesuffix('_characters')} {value:,.0f}" for name, value in found.lengths.items()
+                 if name.endswith("_characters")]  # fmt: skip
+    lines.append(f"characters  on average: {', '.join(described)}")
+    if "longer_wins" in found.lengths:
+        lines.append(f'            a rule "longer wins" would be right in {found.lengths["longer_wins"]:.1%}')
+    lines += _token_lines(found.tokens)
+    scripts = ", ".join(f"{name} {share:.1%}" for name, share in list(found.scripts.items())[:6])
+    lines.append(f"scripts     {scripts or 'no letters'}")
+    for what, note in found.suspicious.items():
+        lines.append(f"suspicious  {note['rows']:,} rows with {what}: {', '.join(note['examples'])}")
+    return lines + [f"warning     {warning}" for warning in found.warnings]
+
+
+def _label_lines(labels: Mapping[str, Any]) -> Iterator[str]:
+    if not labels:
+        return
+    yield (
+        f"labels      {labels['pairs']:,} pairs, {labels['ties']:,} ties, "
+        f"{labels['conflicting']['pairs']:,} judged both ways{_shown(labels['conflicting']['examples'])}"
+    )
+    if "votes" in labels:
+        yield "            votes: " + ", ".join(f"{side} {number:,}" for side, number in labels["votes"].items())
+    if "best_stands_at" in labels:
+        yield "            the best one stands at: " + ", ".join(
+            f"{place} ({number:,})" for place, number in labels["best_stands_at"].items()
+        )
+    if labels["annotator_count"]:
+        alpha = labels["krippendorff_alpha"]
+        agreement = "no pair judged by two" if alpha is None else f"Krippendorff's alpha {alpha:.3f}"
+        yield f"annotators  {labels['annotator_count']:,}; {agreement}"
+
+
+def _token_lines(tokens: Mapping[str, Any]) -> Iterator[str]:
+    if not tokens:
+        return
+    context = "none known" if tokens["context"] is None else f"{tokens['context']:,}"
+    yield (
+        f"tokens      of {tokens['base']}: median {tokens['median']:,}, 95 % {tokens['p95']:,}, longest "
+        f"{tokens['longest']:,} of {tokens['sampled_rows']:,} rows sampled; context {context}"
+    )
+    long = tokens["too_long"]
+    if long["rows"]:
+        yield (
+            f"            {long['rows']:,} rows are longer: {long['tokens_to_cut']:,} tokens would be cut, "
+            f"{long['rows_whose_completion_alone_is_too_long']:,} have a completion that alone is too long: "
+            + ", ".join(long["examples"])
+        )
+
+
+def _shown(examples: Sequence[Sequence[str]]) -> str:
+    return f": {'; '.join(' and '.join(places) for places in examples[:2])}" if examples else ""

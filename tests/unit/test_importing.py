@@ -1,0 +1,141 @@
+"""Cards from LLaMA-Factory's dataset_info.json: each entry's rows come out as that tool reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_kit.data_cards import HubSource, load_card
+from rlhf_kit.errors import InputError
+from rlhf_kit.examples import Demonstration, Preference, Text, load_examples
+from rlhf_kit.importing import import_cards
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def rows_of(entry: dict, rows: list[dict]) -> list:
+    """Import one entry over these rows, and return what its card yields."""
+    Path("info").mkdir(exist_ok=True)
+    Path("info/rows.json").write_text(json.dumps(rows))
+    Path("info/dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json", **entry}}))
+    (card,) = import_cards(Path("info/dataset_info.json"), [], Path("cards"))
+    text = card.read_text()
+    card.write_text(text.replace("rlhf_kit:\n", "rlhf_kit:\n  heldout: 0\n"))
+    found = load_examples(load_card(card)).train
+    card.unlink()
+    return found
+
+
+ALPACA = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Q"}]}
+
+
+def test_alpaca():
+    """Instruction and input are one message of the user; history and system come before it."""
+    (row,) = rows_of({}, [ALPACA])
+    assert (row.prompt, row.completion) == ([user("Add.\n1, 2")], "3")
+    columns = {"prompt": "instruction", "query": "input", "response": "output", "system": "sys", "history": "past"}
+    rows = [{**ALPACA, "input": "", "sys": "Be brief.", "past": [["Hi", "Yes?"]]}, {**ALPACA, "sys": "", "past": []}]
+    first, second = rows_of({"columns": columns}, rows)
+    assert first.prompt == [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), user("Add.")]
+    assert second.prompt == [user("Add.\n1, 2")]
+
+
+def test_alpaca_rankings():
+    """Two columns, or one list with the better answer first."""
+    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    (row,) = rows_of({"ranking": True, "columns": columns}, [{**ALPACA, "chosen": "3", "rejected": "4"}])
+    assert row == Preference([user("Add.\n1, 2")], "3", "4", row.where)
+    columns = {"prompt": "instruction", "query": "input", "response": "output"}
+    (row,) = rows_of({"ranking": True, "columns": columns}, [{**ALPACA, "output": ["3", "4"]}])
+    assert (row.chosen, row.rejected) == ("3", "4")
+
+
+def test_sharegpt():
+    """The dialogue's last answer is learned from; a system column comes first."""
+    talk = {"conversations": [*SHAREGPT["conversations"], {"from": "gpt", "value": "A"}], "system": "S"}
+    assert rows_of({"formatting": "sharegpt"}, [talk])[0] == Demonstration(
+        [user("Q")], "A", rows_of({"formatting": "sharegpt"}, [talk])[0].where
+    )
+    (row,) = rows_of({"formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system"}}, [talk])
+    assert (row.prompt, row.completion) == ([{"role": "system", "content": "S"}, user("Q")], "A")
+
+
+def test_sharegpt_rankings():
+    """chosen and rejected are one message each."""
+    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+    row = {**SHAREGPT, "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    (found,) = rows_of({"formatting": "sharegpt", "ranking": True, "columns": columns}, [row])
+    assert (found.prompt, found.chosen, found.rejected) == ([user("Q")], "a", "b")
+
+
+def test_openai_tags():
+    """role and content, user and assistant are other words for the same."""
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+            "system_tag": "system"}  # fmt: skip
+    entry = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (row,) = rows_of(entry, [{"messages": [user("Q"), assistant("A")]}])
+    assert (row.prompt, row.completion) == ([user("Q")], "A")
+
+
+def test_texts_unpaired_and_samples():
+    """A prompt alone is text to learn whole; of unpaired rows the good ones are demonstrations; num_samples caps."""
+    assert rows_of({"columns": {"prompt": "text"}}, [{"text": "T"}]) == [Text("T", rows_of(
+        {"columns": {"prompt": "text"}}, [{"text": "T"}])[0].where)]  # fmt: skip
+    columns = {"prompt": "instruction", "response": "output", "kto_tag": "good"}
+    rows = [{**ALPACA, "good": True}, {**ALPACA, "instruction": "No.", "good": False}, {**ALPACA, "good": True}]
+    assert [row.prompt for row in rows_of({"columns": columns, "num_samples": 1}, rows)] == [[user("Add.")]]
+
+
+def test_hub_datasets():
+    """Repository, configuration, split and folder; the revision is for a person to pin."""
+    Path("i.json").write_text(json.dumps({
+        "far": {"hf_hub_url": "owner/name", "subset": "c", "split": "train", "folder": "d"}, "other": {}
+    }))  # fmt: skip
+    (card,) = import_cards(Path("i.json"), ["far"], Path("cards"))
+    assert load_card(card).sources == HubSource("owner/name", "main", "c", "train", "d", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "said"),
+    [
+        ("[]", [], "is not a dataset_info.json"),
+        ("{", [], "i.json: is not JSON"),
+        ('{"a": {"file_name": "x"}}', ["b"], "--name b: i.json has no such dataset; known: a"),
+        ('{"a": {"script_url": "x"}}', [], "i.json: a: names neither file_name nor hf_hub_url"),
+        ('{"a": {"file_name": "x", "columns": {"prompt": "p", "images": "i"}}}', [], "a: has images"),
+        (
+            '{"a": {"file_name": "x", "formatting": "sharegpt", "tags": {"user_tag": "me"}}}',
+            [],
+            "writes user_tag as 'me'",
+        ),
+        ('{"../a": {"file_name": "x"}}', [], "'../a' cannot be a card's name"),
+    ],
+)
+def test_what_is_not_read(content, names, said):
+    """One message; nothing is written."""
+    Path("i.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        import_cards(Path("i.json"), names, Path("cards"))
+    assert said in str(caught.value) and not Path("cards").exists()
+
+
+def test_a_card_is_not_overwritten():
+    """What a person has filled in stays."""
+    Path("i.json").write_text('{"a": {"file_name": "x"}}')
+    import_cards(Path("i.json"), [], Path("cards"))
+    with pytest.raises(InputError, match="is there already"):
+        import_cards(Path("i.json"), [], Path("cards"))
