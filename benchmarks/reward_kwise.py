@@ -25,7 +25,7 @@ from ppo_vs_trl import SHAPES, write_base
 from reward_trl import ours, prepare, theirs
 
 K = 9
-BATCH = 2  # prompts
+TRAIN, BATCH, EPOCHS = 48, 2, 4  # prompts, prompts a step
 SETTINGS = {"batch_size": BATCH, "learning_rate": 5e-3}
 MICROBATCHES = {"656k": 72, "15m": 36}
 """Pairs of a forward pass of trl's: the fastest of those tried."""
@@ -68,20 +68,19 @@ def main() -> None:
     options = arguments(__doc__ or "")
     options.add_argument("--checkpoint", type=Path, required=True)
     options.add_argument("--stories", type=Path, required=True)
-    options.add_argument("--prompts", type=int, default=480)
+    options.add_argument("--heldout", type=int, default=120, help="prompts")
     chosen = options.parse_args()
     seeds = (1,) if chosen.quick else (1, 2, 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "656k"
         folder.mkdir()
-        data = rankings(chosen.checkpoint, chosen.stories, chosen.prompts)
-        cut = len(data) // 2 // BATCH * BATCH  # learnt from; held out is the other half
+        data = rankings(chosen.checkpoint, chosen.stories, TRAIN + chosen.heldout)
         rows = []
         for seed in seeds:
             noise = random.Random(seed)
-            train = [ranked(row, noise) for row in data[:cut]]
-            heldout = [ranked(row, None) for row in data[cut:]]
-            prepare(folder, str(chosen.checkpoint.resolve()), "rankings", train, heldout, epochs=1, **SETTINGS)
+            train = [ranked(row, noise) for row in data[:TRAIN]]
+            heldout = [ranked(row, None) for row in data[TRAIN:]]
+            prepare(folder, str(chosen.checkpoint.resolve()), "rankings", train, heldout, epochs=EPOCHS, **SETTINGS)
             rows.append(compared("656k", folder, seed))
             print_table(rows)
         folder = Path(name) / "15m"
@@ -106,7 +105,7 @@ def main() -> None:
         f"{fmean(row['ours accuracy'] for row in rows):.4f}, trl {fmean(row['trl accuracy'] for row in rows):.4f}; "
         f"15m: {median(row['faster'] for row in speeds):.2f} times as fast"
     )
-    write(chosen.json, {"prompts": cut, "rows": [*rows, *speeds]})
+    write(chosen.json, {"prompts": TRAIN, "epochs": EPOCHS, "rows": [*rows, *speeds]})
 
 
 def compared(size: str, folder: Path, seed: int) -> dict[str, Any]:
