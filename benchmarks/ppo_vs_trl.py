@@ -11,6 +11,7 @@ seen from outside; memory is the process's peak less that of a process that only
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -215,6 +216,8 @@ class Seen:
     peak: int
     """Bytes."""
     lines: list[str]
+    cpu: list[float]
+    """Seconds of CPU time that the process had taken when each step ended."""
 
     @property
     def step_seconds(self) -> float:
@@ -227,16 +230,26 @@ def watch(command: list[str], folder: Path, env: dict[str, str]) -> Seen:
     process = subprocess.Popen(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
-    ends, lines = [], []
+    ends, cpu, lines = [], [], []
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
         if re.match(r"(ppo|reward|trl) step \d+ ", line):
             ends.append(time.monotonic())
+            cpu.append(cpu_seconds(process.pid))
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit("".join(lines[-40:]))
-    return Seen(ends, usage.ru_maxrss * 1024, lines)
+    return Seen(ends, usage.ru_maxrss * 1024, lines, cpu)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time a process has taken, where the system tells, else NaN."""
+    path = Path(f"/proc/{pid}/stat")
+    if not path.exists():
+        return math.nan
+    user, system = path.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def ours(folder: Path, value: str) -> Seen:

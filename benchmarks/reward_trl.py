@@ -27,7 +27,9 @@ class Result:
     """One training."""
 
     epoch_seconds: float
-    """Of the steps after the first, for as many prompts as an epoch has."""
+    """From the steps after the first, for as many as an epoch has."""
+    epoch_cpu_seconds: float
+    """The same in CPU time, which other work on the machine hardly changes."""
     accuracy: float
     peak: int
     """Bytes."""
@@ -74,21 +76,21 @@ def ours(folder: Path, seed: int) -> Result:
     return _result(seen, manifest["steps"], manifest["heldout"]["accuracy"], manifest["settings"]["epochs"])
 
 
-def theirs(folder: Path, seed: int, microbatch: int, *, grouped: bool = False) -> Result:
-    """Train with trl, `microbatch` pairs a forward pass; grouped: pairs of like length share one."""
-    command = [sys.executable, __file__, str(folder), str(seed), str(microbatch), str(int(grouped))]
+def theirs(folder: Path, seed: int, microbatch: int) -> Result:
+    """Train with trl, `microbatch` pairs a forward pass."""
+    command = [sys.executable, __file__, str(folder), str(seed), str(microbatch)]
     seen = watch(command, folder, environment())
     figures = json.loads(seen.lines[-1])
     return _result(seen, figures["steps"], figures["accuracy"], figures["epochs"])
 
 
 def _result(seen: Seen, steps: int, accuracy: float, epochs: float) -> Result:
-    ends = seen.ends[:steps]  # the closing figures are logged as one more line of the last step
-    step_seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return Result(step_seconds * steps / epochs, accuracy, seen.peak)
+    # the closing figures are logged as one more line of the last step
+    seconds, cpu = ((ends[steps - 1] - ends[0]) / (steps - 1) * steps / epochs for ends in (seen.ends, seen.cpu))
+    return Result(seconds, cpu, accuracy, seen.peak)
 
 
-def worker(folder: Path, seed: int, microbatch: int, grouped: bool) -> None:
+def worker(folder: Path, seed: int, microbatch: int) -> None:
     """Train with trl what `folder`'s recipe trains; print the figures as JSON."""
     import math
 
@@ -116,8 +118,6 @@ def worker(folder: Path, seed: int, microbatch: int, grouped: bool) -> None:
         for group in groups
         for chosen, rejected in zip(group["chosen"], group["rejected"], strict=True)
     ]
-    for pair in pairs:
-        pair["length"] = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
     causal = models.load_base(recipe.base, text_format, Accelerator(cpu=True, mixed_precision="no"))
     model = models.add_adapter(
         models.classifier(causal), recipe.adapter, "SEQ_CLS", init=None, seed=seed, base=recipe.base
@@ -141,7 +141,6 @@ def worker(folder: Path, seed: int, microbatch: int, grouped: bool) -> None:
             lr_scheduler_type=settings.schedule,
             warmup_steps=math.ceil(settings.warmup_fraction * steps),
             max_length=None,
-            train_sampling_strategy="group_by_length" if grouped else "random",
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
@@ -167,4 +166,4 @@ def worker(folder: Path, seed: int, microbatch: int, grouped: bool) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1")
+    worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

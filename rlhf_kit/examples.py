@@ -342,7 +342,7 @@ def canonical_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Boo
     read = read_rows(card, source, book)
     rows: Iterator[Row]
     if card.format == "threads":
-        rows = _threads((row for row in read if isinstance(row, _Turn)), card, book)
+        rows = _threads((row for row in read if isinstance(row, _Turn)), book)
     elif card.kind == "rankings" and "completion" in card.columns:
         rows = _put_together((row for row in read if isinstance(row, _Answer)), card, book)
     elif card.votes is not None:
@@ -632,23 +632,22 @@ def _ranking(read: _Cells) -> Ranking:
         ranks = _ranks(_wins(read, len(completions)), best_is_high=True)
     else:
         ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
-    return _ranked(card, prompt, completions, ranks, ratings, read.where, read.annotator())
+    return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator(), card.margin_per_point)
 
 
 def _ranked(
-    card: DataCard,
     prompt: Prompt,
     completions: list[str],
     ranks: list[float],
     ratings: list[float] | None,
     where: str,
     annotator: str | None,
+    margin_per_point: float | None = None,
 ) -> Ranking:
     if len({completion.strip() for completion in completions}) < len(completions):
         twice = Counter(completion.strip() for completion in completions).most_common(1)[0][0]
         raise _Broken("equal completions", f'a completion stands twice in the ranking: "{short(twice)}"')
-    margin_per_point = 0.0 if ratings is None else card.margin_per_point or 0.0
-    return Ranking(_kept(prompt), completions, ranks, where, ratings, annotator, margin_per_point)
+    return Ranking(_kept(prompt), completions, ranks, where, ratings, annotator, margin_per_point or 0.0)
 
 
 def _ranks(numbers: Sequence[float], best_is_high: bool) -> list[float]:
@@ -690,13 +689,13 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
             numbers = [row.number for row in group]
             rated = "rating" in card.columns
             yield _ranked(
-                card,
                 first.prompt,
                 [row.completion for row in group],
                 _ranks(numbers, best_is_high=rated),
                 numbers if rated else None,
                 first.where,
                 first.annotator,
+                card.margin_per_point,
             )
             book.merged["completions of one prompt"] += count - 1
         except _Broken as problem:
@@ -731,7 +730,7 @@ def _turn(read: _Cells) -> _Turn:
     )
 
 
-def _threads(rows: Iterable[_Turn], card: DataCard, book: Book) -> Iterator[Ranking]:
+def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
     """Yield, for each message with several ranked answers of the assistant, these as a ranking.
 
     The prompt is the way from the root of the tree to that message. Messages that serve in none are dropped, counted.
@@ -753,7 +752,7 @@ def _threads(rows: Iterable[_Turn], card: DataCard, book: Book) -> Iterator[Rank
             before = _way_to(first.parent, turns)
             prompt = [{"role": turn.role, "content": turn.text} for turn in before]
             ranks = _ranks([turn.rank for turn in group if turn.rank is not None], best_is_high=False)
-            ranking = _ranked(card, prompt, [turn.text for turn in group], ranks, None, first.where, first.annotator)
+            ranking = _ranked(prompt, [turn.text for turn in group], ranks, None, first.where, first.annotator)
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", rows=0)
             continue

@@ -21,7 +21,7 @@ import pyarrow
 import tokenizers
 import transformers
 
-from rlhf_kit import collate, recipe
+from rlhf_kit import collate
 from rlhf_kit.collate import TextFormat, Tokenised
 
 __all__ = ["tokenised"]
@@ -30,26 +30,22 @@ FEWEST_ROWS = 1000
 """Fewer are tokenised in less than a second."""
 MOST_BYTES = 2**30
 
-Tokenise = Callable[[Sequence[Any], TextFormat, int | None, recipe.Truncate], Tokenised]
-
 
 def tokenised(
-    tokenise: Tokenise,
-    rows: Sequence[Any],
-    text_format: TextFormat,
-    limit: int | None,
-    truncate: recipe.Truncate,
+    tokenise: Callable[..., Tokenised], rows: Sequence[Any], text_format: TextFormat, *settings: Any
 ) -> Tokenised:
     """Return what a function of `collate` makes of the rows, from an earlier run if it is there.
+
+    settings: the function's further arguments: the limit, what becomes of longer rows, ...
 
     Raises: as the function; what it raises is not kept.
     """
     if len(rows) < FEWEST_ROWS:
-        return tokenise(rows, text_format, limit, truncate)
-    entry = folder() / f"{_key(tokenise, rows, text_format, limit, truncate)}.arrow"
+        return tokenise(rows, text_format, *settings)
+    entry = folder() / f"{_key(tokenise, rows, text_format, *settings)}.arrow"
     found = _read(entry)
     if found is None:
-        found = tokenise(rows, text_format, limit, truncate)
+        found = tokenise(rows, text_format, *settings)
         with suppress(OSError):  # a full disk or a home that cannot be written to costs time and nothing else
             _write(entry, found)
             _make_room(entry)
@@ -62,7 +58,7 @@ def folder() -> Path:
     return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "rlhf_kit" / "tokens"
 
 
-def _key(tokenise: Tokenise, rows: Sequence[Any], text_format: TextFormat, *settings: Any) -> str:
+def _key(tokenise: Callable[..., Tokenised], rows: Sequence[Any], text_format: TextFormat, *settings: Any) -> str:
     digest = hashlib.sha256()
     code = Path(collate.__file__).read_bytes()
     versions = [transformers.__version__, tokenizers.__version__, getattr(tokenise, "__name__", "")]

@@ -32,7 +32,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, token_cache
 from rlhf_kit.batches import Comparisons
 from rlhf_kit.collate import (
     Tokenised,
@@ -81,11 +81,12 @@ def run(job: Job) -> Outcome:
     assert isinstance(settings, RewardStage)
     examples = job.examples[settings.data]
     limit = settings.max_length or context_length(job.recipe.base)
-    groups = tokenise_comparisons(examples.train, job.text_format, limit, settings.truncate, settings.ties)
+    how = (job.text_format, limit, settings.truncate)
+    groups = token_cache.tokenised(tokenise_comparisons, examples.train, *how, settings.ties)
     say(f"{job.name}: {groups}")
     heldout = None
     if examples.heldout:
-        heldout = tokenise_comparisons(examples.heldout, job.text_format, limit, settings.truncate)
+        heldout = token_cache.tokenised(tokenise_comparisons, examples.heldout, *how)
     reference = reference_rows(job, limit)
     least = max(map(tokens_of_group, groups.rows))
     budget = token_budget(job.name, settings, least)

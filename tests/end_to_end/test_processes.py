@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from rlhf_kit.models import read_adapter
+from tests import tiny
 from tests.end_to_end import chain
 
 STAGES = ("sft", "reward", "ppo")
@@ -57,6 +58,35 @@ def test_two_processes_do_the_work_of_one(tmp_path, quantization):
     # to the other side of a random number, with 8-bit activations sooner.
     first, second = metrics(one, "ppo")[0], metrics(two, "ppo")[0]
     assert first["rollout/length"] == second["rollout/length"]
+
+
+def test_two_processes_learn_the_same_from_rankings(tmp_path):
+    """Rankings of unlike lengths, a language modelling loss and two members: shares that differ in tokens and in the
+    number of microbatches change nothing but the order of summation, and each completion is scored by one process.
+    """
+    model = tiny.make_checkpoint(tmp_path / "model")
+    rows = [{**row, "completions": [text + " So." * (n % 5) for text in row["completions"]]}
+            for n, row in enumerate(tiny.rankings())]  # fmt: skip
+    card = tiny.write_card(tmp_path, "ranked", "rankings", rows, heldout=0.2)
+    training = {"batch_size": 8, "learning_rate": 0.005, "max_steps": 3, "lm_coef": 0.2, "ensemble": 2}
+    stages = {"reward": {"kind": "reward", "data": str(card), **training}}
+    recipe = tiny.write_recipe(tmp_path / "ranked.yaml", model, stages)
+    chain.run_chain(recipe, tmp_path / "one")
+    pieces = "stages.reward.microbatch_tokens=300"
+    chain.run_chain(recipe, tmp_path / "pieces", pieces)
+    chain.run_chain(recipe, tmp_path / "two", pieces, processes=2)
+    one, divided, two = (tmp_path / name / "reward" for name in ("one", "pieces", "two"))
+    for member in (".", "members/1"):
+        reference = adapter(one, member)
+        order_alone = distance(reference, adapter(divided, member))
+        size = max(float(tensor.abs().max()) for tensor in reference.values())
+        assert distance(reference, adapter(two, member)) <= 10 * order_alone + 1e-6 * size
+    first, second = (json.loads((out / "manifest.json").read_text()) for out in (one, two))
+    assert first["steps"] == second["steps"] and first["cost"]["tokens"] == second["cost"]["tokens"]
+    assert first["heldout"]["pairs"] == second["heldout"]["pairs"]
+    for line, other in zip(metrics(one.parent, "reward"), metrics(two.parent, "reward"), strict=True):
+        for name in ("reward/loss", "reward/lm_loss", "reward/ensemble_std"):
+            assert other.get(name) == pytest.approx(line.get(name), rel=1e-3)
 
 
 def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(tmp_path):

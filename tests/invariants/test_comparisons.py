@@ -17,7 +17,7 @@ from rlhf_kit.examples import Preference, Ranking
 from rlhf_kit.models import load_base, sequence_scores
 from rlhf_kit.recipe import RewardStage
 from rlhf_kit.stages import reward
-from rlhf_kit.training import evaluating, row_order
+from rlhf_kit.training import Training, evaluating, row_order
 from tests.invariants.roles import disturb
 from tests.invariants.stage_jobs import StopAfter, adapter_weights, make_job, make_recipe, metrics
 
@@ -248,7 +248,18 @@ def test_an_ensemble_is_read_back_and_makes_one_score(tmp_path):
     assert probe["score"] == pytest.approx(sum(units) / 2 - 0.5 * abs(units[0] - units[1]) / 2, rel=1e-6)
 
 
-def test_an_interrupted_ensemble_goes_on_bit_for_bit(tmp_path):
+def test_members_start_apart(tmp_path):
+    """A member has weights of its own before it has seen any data, in its head and in its adapter."""
+    _, job = make_trainer(tmp_path)
+    first, second = (
+        dict(reward.new_reward_model(job, name)[0].named_parameters()) for name in ("reward", "reward member 1")
+    )
+    own = [name for name, parameter in first.items() if not torch.equal(parameter, second[name])]
+    assert any("score" in name for name in own) and any("lora_A" in name for name in own)
+    assert all("score" in name or "lora_A" in name for name in own)
+
+
+def test_an_interrupted_ensemble_goes_on_bit_for_bit(tmp_path, monkeypatch):
     """Stopped in the first member and in the second, it leaves the very files of an uninterrupted one."""
     recipe = make_recipe(
         tmp_path, adapter={"dropout": 0.1}, ranked=True, reward={"init": None, "ensemble": 2, "lm_coef": 0.1}
@@ -257,7 +268,10 @@ def test_an_interrupted_ensemble_goes_on_bit_for_bit(tmp_path):
     for stop in (2, 6):  # of 6 steps a member; a training looks once a step, not after the last
         with pytest.raises(Interrupted):
             reward.run(make_job(recipe, "reward", tmp_path / "pieces", stop=StopAfter(stop)))
+    trained, run = [], Training.run
+    monkeypatch.setattr(Training, "run", lambda self: (trained.append((self.name, self.first)), run(self)))
     outcome = reward.run(make_job(recipe, "reward", tmp_path / "pieces"))
+    assert trained == [("reward member 1", 3)]  # the first is not trained again
     assert outcome == expected
     for place in ("", "members/1"):
         whole, pieces = tmp_path / "whole" / "reward" / place, tmp_path / "pieces" / "reward" / place

@@ -31,8 +31,10 @@ from rlhf_kit.collate import (
     tokenise_prompts,
     within_budget,
 )
+from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, PromptRow, Ranking, Text
+from rlhf_kit.examples import Demonstration, Preference, PromptRow, Ranking, Text, load_examples
+from tests import tiny
 from tests.tiny import CHATML, make_tokenizer
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -412,6 +414,17 @@ def test_the_better_one_is_chosen():
     found = compared(Ranking("Q", ["a", "b", "c"], [2.0, 1.0, 2.0], "1", [3.0, 7.0, 3.0], None, 0.25))
     assert found.best == 1
     assert found.pairs == [Pair(1, 0, 1.0, 1.0), Pair(0, 2, 0.5, 0.0), Pair(1, 2, 1.0, 1.0)]
+
+
+def test_a_card_says_what_a_point_of_the_ratings_is_worth(tmp_path):
+    """margin_per_point of a card of rankings reaches the pairs; changing it changes the data's hash."""
+    rows = [{"prompt": f"Q{n}", "completions": ["a", "b"], "ratings": [1, 5]} for n in range(4)]
+    cards = [
+        load_examples(load_card(tiny.write_card(tmp_path, name, "rankings", rows, heldout=0.5, **settings)))
+        for name, settings in (("with", {"margin_per_point": 0.25}), ("without", {}))
+    ]
+    assert [compared(found.train[0]).pairs for found in cards] == [[Pair(1, 0, 1.0, 1.0)], [Pair(1, 0, 1.0, 0.0)]]
+    assert cards[0].content_hash != cards[1].content_hash
 
 
 def test_ties_are_left_out_or_soft(tmp_path):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from rlhf_kit import recipe, token_cache
-from rlhf_kit.collate import load_text_format, tokenise_demonstrations, tokenise_pairs, tokenise_prompts
+from rlhf_kit.collate import load_text_format, tokenise_comparisons, tokenise_demonstrations, tokenise_prompts
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Demonstration, Preference, PromptRow
 from tests import tiny
@@ -43,8 +43,8 @@ class Counted:
     ("tokenise", "rows"),
     [
         (tokenise_demonstrations, ROWS),
-        (tokenise_pairs, [Preference("Q", "a", "b", "d:1", margin) for margin in (None, 0.5)]),
-        (tokenise_pairs, [Preference("Q", "a", "b", "d:1")]),
+        (tokenise_comparisons, [Preference("Q", "a", "b", "d:1", margin) for margin in (None, 0.5)]),
+        (tokenise_comparisons, [Preference("Q", "a", "b", "d:1")]),
         (tokenise_prompts, [PromptRow("Q", "d:1"), PromptRow([{"role": "user", "content": "Hi"}], "d:2")]),
     ],
 )
