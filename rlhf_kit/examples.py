@@ -228,7 +228,7 @@ def mixed(shares: Sequence[Share]) -> Examples:
 
 def _drawn_number(row: Row, purpose: str) -> float:
     """Return a number from 0 to 1 that a row has by its content, another one for each purpose."""
-    return _unit_hash(purpose + _encode({**vars(row), "where": ""}))
+    return _unit_hash(purpose + _content(row))
 
 
 def _unit_hash(text: str) -> float:
@@ -240,12 +240,17 @@ def _examples(card: DataCard, train: list[Row], heldout: list[Row], counts: Mapp
     digest = hashlib.sha256()
     for side in (train, heldout):
         for row in side:
-            content = {**vars(row), "where": ""}
-            if row.special_tokens == "escape":  # the hash that such rows had before there was a choice
-                del content["special_tokens"]
-            digest.update(_encode(content).encode() + b"\n")
+            digest.update(_content(row).encode() + b"\n")
         digest.update(b"\n")
     return Examples(card, train, heldout, dict(counts), digest.hexdigest())
+
+
+def _content(row: Row) -> str:
+    """Return what a row says, wherever it stood, to be hashed."""
+    content = {**vars(row), "where": ""}
+    if row.special_tokens == "escape":  # as if there were no choice
+        del content["special_tokens"]
+    return _encode(content)
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_kit.collate import tokenise_demonstrations
 from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.models import _steady_4bit_on_cpu, load_base, open_adapter
+from rlhf_kit.pieces import Pieces
 from rlhf_kit.stages import reward, sft
 from rlhf_kit.training import Training, row_order
 from tests.invariants.stage_jobs import StopAfter, adapter_weights, make_job, make_recipe, metrics
@@ -227,4 +228,4 @@ def test_demonstrations_that_score_alike_are_refused(here):
     reward.save_adapter(reward.new_reward_model(job, "reward")[0], job.folder / "adapter", recipe.base)
     reference = {"card": "card", "rows": [[5, 6, 7]] * 3, "heldout": 0, "counts": {}}
     with pytest.raises(InputError, match="all 3 rows of card have the same score"):
-        reward.Ensemble(job, budget=64).normalise_on(reference)
+        reward.Ensemble(job, Pieces("here", 64, "tokens")).normalise_on(reference)
