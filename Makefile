@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help quickstart test lint audit clean
+.PHONY: help quickstart test lint audit soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ lint: .venv/.installed-checks  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: .venv/.installed-checks  ## an hour of kills, faults and bad input; ARGS="--minutes 5 --seed 2" for others
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 audit: .venv/.installed-audit  ## known vulnerabilities of the pinned versions; asks a service on the network
 	.ci/audit '$(TORCH)'

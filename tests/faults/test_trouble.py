@@ -14,13 +14,10 @@ import pytest
 from rlhf_kit import artifacts
 from rlhf_kit.models import read_adapter
 from tests.end_to_end import chain
+from tests.faults.campaigns import CHECKPOINTS, STAGES
 from tests.faults.harness import Server, left
 
-STAGES = ("sft", "reward", "ppo")
-SHORT = (
-    *(f"stages.{stage}.checkpoint_every.updates=1" for stage in STAGES),
-    *("stages.sft.max_steps=4", "stages.reward.max_steps=3", "stages.ppo.updates=3"),
-)
+SHORT = (*CHECKPOINTS, "stages.sft.max_steps=4", "stages.reward.max_steps=3", "stages.ppo.updates=3")
 
 
 @pytest.fixture(scope="module")
