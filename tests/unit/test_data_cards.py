@@ -148,7 +148,7 @@ class TestMessages:
              "must be majority or probability"),
             ({"scale": [1, 7]}, "is of ratings, and no column is mapped to ratings"),
             ({"scale": [7, 1], "columns": {"ratings": ["a", "b"]}}, "from the lowest rating to the highest; seen 7, 1"),
-            ({"scale": [1], "columns": {"ratings": ["a", "b"]}}, "scale: must be the lowest and the highest rating: [1, 7]"),
+            ({"scale": [1], "columns": {"ratings": ["a", "b"]}}, "must be the lowest and the highest rating: [1, 7]"),
             ({"margin_per_point": 1}, "is of preferences with a column mapped to ratings"),
             ({"margin_per_point": 1, "columns": {"ratings": ["a", "b"], "margin": "m"}}, "margin_per_point says it"),
             ({"columns": {"chosen": ["a", "b"]}}, "must be one column, or a template; seen a list"),
