@@ -433,8 +433,8 @@ def _judgement_problems(raw: Mapping[str, Any], columns: dict[str, Any], shape: 
     if scale is not None and not rated:
         yield ("rlhf_kit", "scale"), "is of ratings, and no column is mapped to ratings"
     if raw.get("margin_per_point") is not None:
-        if kind != "preferences" or "ratings" not in columns:
-            yield ("rlhf_kit", "margin_per_point"), "is of preferences with a column mapped to ratings"
+        if not rated:
+            yield ("rlhf_kit", "margin_per_point"), "is of ratings, and no column is mapped to ratings"
         elif "margin" in columns:
             yield ("rlhf_kit", "columns", "margin"), "is mapped, and margin_per_point says it too; keep one"
 
@@ -480,11 +480,11 @@ def _sources(
 
 def _glob(pattern: str, places: Sequence[Path]) -> list[Path]:
     """Return the data files that a pattern such as "parts/*.jsonl" stands for in the first place that has any."""
-    if not re.search(r"[*?\[]", pattern):
+    if not re.search(r"[*?\[]", pattern) or ".." in Path(pattern).parts:  # what lies elsewhere is named, not searched
         return []
     for place in places:
         names = sorted(glob(pattern, root_dir=place or None, recursive=True))
-        found = [path for name in names if (path := find_path(name, [place])) and data_suffix(path) is not None]
+        found = [path for name in names if (path := find_path(name, [place])) and path.is_file() and data_suffix(path)]
         if found:
             return found
     return []

@@ -149,7 +149,7 @@ class TestMessages:
             ({"scale": [1, 7]}, "is of ratings, and no column is mapped to ratings"),
             ({"scale": [7, 1], "columns": {"ratings": ["a", "b"]}}, "from the lowest rating to the highest; seen 7, 1"),
             ({"scale": [1], "columns": {"ratings": ["a", "b"]}}, "must be the lowest and the highest rating: [1, 7]"),
-            ({"margin_per_point": 1}, "is of preferences with a column mapped to ratings"),
+            ({"margin_per_point": 1}, "is of ratings, and no column is mapped to ratings"),
             ({"margin_per_point": 1, "columns": {"ratings": ["a", "b"], "margin": "m"}}, "margin_per_point says it"),
             ({"columns": {"chosen": ["a", "b"]}}, "must be one column, or a template; seen a list"),
             ({"columns": {"chosen": {"user": "a"}}}, "must be one column, or a template; seen a mapping"),
@@ -161,6 +161,7 @@ class TestMessages:
             ({"kind": "rankings", "columns": {"ranks": "r", "comparisons": "c"},
               "preferred": {"first": 0, "second": 1}}, "says again which is better, as ranks does"),
             ({"source": "x*.jsonl"}, "there is no file x*.jsonl"),
+            ({"source": "../*/a.jsonl"}, "there is no file ../*/a.jsonl"),
         ],
     )  # fmt: skip
     def test_what_does_not_go_together(self, here, change, said):
