@@ -129,6 +129,14 @@ def _column(written: Any) -> Any:
     )
 
 
+def _scale(written: Any) -> Any:
+    ends = written if isinstance(written, list) else []
+    if len(ends) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends):
+        return written
+    raise PydanticCustomError("unexpected", "{expected}", {"expected": "the lowest and the highest rating: [1, 7]"})
+
+
+Scale = Annotated[list[float], BeforeValidator(_scale)]
 Values = Annotated[list[Any], BeforeValidator(_values)]
 _Column = Annotated[Any, BeforeValidator(_column)]
 
@@ -213,7 +221,7 @@ class _Block(Settings):
     templates: dict[str, Text] = Field(default={})
     preferred: Preferred | None = None
     votes: Literal["majority", "probability"] | None = None
-    scale: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    scale: Scale | None = None
     margin_per_point: Positive | None = None
     heldout: Any = 0.1
     shared_prompts: Literal["error", "drop"] = "error"
@@ -384,16 +392,22 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
             yield at, "must be one column, or a template; seen a list"
         elif isinstance(theirs, dict) and name != "prompt":
             yield at, "must be one column, or a template; seen a mapping"
-        elif isinstance(theirs, str | list | dict) and (wrong := fault(theirs)):
+        elif _is_written(theirs) and (wrong := fault(theirs)):
             yield at, f"{wrong}; seen {marked.seen(at)}"
     judged = [name for name in columns if name in shape.judged and name != "ratings"]
     if len(judged) > 1:
         yield ("rlhf_kit", "columns", judged[1]), f"says again which is better, as {judged[0]} does; map one of them"
-    if "first" in shape.needed and not columns.keys() & set(shape.judged):
+    if "first" in shape.needed and not columns.keys() & set(shape.judged) and raw.get("preferred") is None:
         yield ("rlhf_kit", "columns"), f"map one of {', '.join(shape.judged)}, which says which completion is better"
     if isinstance(templates, dict) and templates:
         yield from _template_problems(templates, columns, shape, kind, marked)
     yield from _judgement_problems(raw, columns, shape)
+
+
+def _is_written(theirs: Any) -> bool:
+    """Return whether a column is text or made of texts; what else it may be is told already."""
+    parts = theirs.values() if isinstance(theirs, dict) else theirs if isinstance(theirs, list) else [theirs]
+    return all(isinstance(part, str) for part in parts)
 
 
 def _no_such_format(written: str, kind: str) -> str:
@@ -490,11 +504,11 @@ def _sources(
 
 def _glob(pattern: str, places: Sequence[Path]) -> list[Path]:
     """Return the data files that a pattern such as "parts/*.jsonl" stands for in the first place that has any."""
-    if not re.search(r"[*?\[]", pattern):
+    if not re.search(r"[*?\[]", pattern) or ".." in Path(pattern).parts:  # what lies elsewhere is named, not searched
         return []
     for place in places:
         names = sorted(glob(pattern, root_dir=place or None, recursive=True))
-        found = [path for name in names if (path := find_path(name, [place])) and data_suffix(path) is not None]
+        found = [path for name in names if (path := find_path(name, [place])) and path.is_file() and data_suffix(path)]
         if found:
             return found
     return []

@@ -175,6 +175,42 @@ class TestMessages:
         messages = problems({key: value for key, value in block.items() if value is not ...})
         assert len(messages) == 1 and messages[0].startswith("card.md:") and said in messages[0], messages
 
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"columns": {"first": "a", "second": "b"}}, "map one of preferred, ratings, probability"),
+            ({"columns": {"preferred": "w"}}, "say what its values mean: preferred: {first: 0, second: 1, tie: tie}"),
+            ({"preferred": {"first": 0, "second": 1}}, "there is no column for it; map columns: {preferred"),
+            ({"preferred": {"first": 0}, "columns": {"preferred": "w"}}, "preferred.second: missing"),
+            ({"preferred": {"first": 0, "second": 1, "ties": 2}, "columns": {"preferred": "w"}}, "did you mean tie?"),
+            ({"columns": {"first": "a", "chosen": "b", "preferred": "w"}, "preferred": {"first": 0, "second": 1}},
+             "preferences have no column chosen, in a card with prompt, first, second"),
+            ({"votes": "majority"}, "votes are counted in a column preferred, which is not mapped"),
+            ({"votes": "most", "columns": {"preferred": "w"}, "preferred": {"first": 0, "second": 1}},
+             "must be majority or probability"),
+            ({"scale": [1, 7]}, "is of ratings, and no column is mapped to ratings"),
+            ({"scale": [7, 1], "columns": {"ratings": ["a", "b"]}}, "from the lowest rating to the highest; seen 7, 1"),
+            ({"scale": [1], "columns": {"ratings": ["a", "b"]}}, "must be the lowest and the highest rating: [1, 7]"),
+            ({"margin_per_point": 1}, "is of ratings, and no column is mapped to ratings"),
+            ({"margin_per_point": 1, "columns": {"ratings": ["a", "b"], "margin": "m"}}, "margin_per_point says it"),
+            ({"columns": {"chosen": ["a", "b"]}}, "must be one column, or a template; seen a list"),
+            ({"columns": {"chosen": {"user": "a"}}}, "must be one column, or a template; seen a mapping"),
+            ({"columns": {"prompt": {"assistant": "a"}}}, "has system, history, user, not assistant"),
+            ({"columns": {"ratings": ["a", 3]}}, "must be columns, written as text"),
+            ({"templates": {"a": "no columns"}}, 'names no columns in braces, such as "{question}"'),
+            ({"templates": {"a": "{q}"}, "columns": {"prompt": "q"}}, "is mapped, and templates say it too; keep one"),
+            ({"format": "common_prefix", "kind": "demonstrations"}, "common_prefix is for preferences and not for"),
+            ({"kind": "rankings", "columns": {"ranks": "r", "comparisons": "c"},
+              "preferred": {"first": 0, "second": 1}}, "says again which is better, as ranks does"),
+            ({"source": "x*.jsonl"}, "there is no file x*.jsonl"),
+            ({"source": "../*/a.jsonl"}, "there is no file ../*/a.jsonl"),
+        ],
+    )  # fmt: skip
+    def test_what_does_not_go_together(self, here, change, said):
+        """Settings about judgements that contradict each other, or lack one another, in one message."""
+        messages = problems({"kind": "preferences", "source": "a.jsonl", **change})
+        assert len(messages) == 1 and said in messages[0], messages
+
     def test_all_at_once(self, here):
         """Faults of different keys come together."""
         assert (

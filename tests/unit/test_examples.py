@@ -515,6 +515,22 @@ class TestFiles:
         (message,) = wrong(None, "prompts", source=name, on_problem="drop")
         assert message.startswith(said)
 
+    @pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
+    def test_a_long_row_of_a_table(self, here, name):
+        """The limit on rows holds where a small file unpacks to a long cell too."""
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({"prompt": ["short", "x" * (2**24 + 1)]})
+        if name.endswith("parquet"):
+            pyarrow.parquet.write_table(table, name, compression="zstd")
+            assert Path(name).stat().st_size < 50_000
+        else:
+            with pyarrow.ipc.new_file(name, table.schema) as file:
+                file.write_table(table)
+        (message,) = wrong(None, "prompts", source=name)
+        assert message == f"{name}:2: the row is longer than 16,777,216 bytes"
+
     def test_missing_column(self, here):
         """Named with the columns that are there and how to map them."""
         rows = [{"question": "Q", "answer": "A"}]
