@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,51 @@ def run(*arguments: str, processes: int | None = None, cwd: Path = ROOT, timeout
 
     Returns the finished process with its text output; fails if it takes longer than `timeout` seconds.
     """
-    command = [sys.executable, "-m"]
-    if processes == 2:
-        command += ["accelerate.commands.launch", "--config_file", str(TWO_PROCESSES), "-m"]
-    elif processes == 1:
-        command += ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "rlhf_kit", *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout
+        [*command(processes), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(),
+        timeout=timeout,
     )
+
+
+def command(processes: int | None = None) -> list[str]:
+    """Return how `rlhf_kit` is started, under `accelerate launch` if a number of processes is given."""
+    words = [sys.executable, "-m"]
+    if processes == 2:
+        words += ["accelerate.commands.launch", "--config_file", str(TWO_PROCESSES), "-m"]
+    elif processes == 1:
+        words += ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m"]
+    return [*words, "rlhf_kit"]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a run: this checkout, one thread a process."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(log: Path, *arguments: str, processes: int | None = None) -> subprocess.Popen[str]:
+    """Start `python -m rlhf_kit` with arguments; what it prints to stderr goes to `log`."""
+    return subprocess.Popen(
+        [*command(processes), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=log.open("w"),
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+
+
+def wait_for(log: Path, text: str, process: subprocess.Popen[str]) -> None:
+    """Wait until `text` is in the log of a process that is still running."""
+    for _ in range(1200):
+        if text in log.read_text():
+            return
+        assert process.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.1)
+    raise AssertionError(f"{text!r} did not come within two minutes")
 
 
 def run_chain(recipe: Path, out: Path, *settings: str, processes: int | None = None) -> Any:

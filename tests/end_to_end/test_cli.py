@@ -8,8 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -205,42 +203,26 @@ def test_a_scorer_is_tried_before_anything_is_trained(tmp_path):
     assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()
 
 
-def start(recipe: Path, out: Path, log: Path, *settings: str) -> subprocess.Popen[str]:
-    """Start a run whose stderr goes to `log`."""
-    command = [sys.executable, "-m", "rlhf_kit", "run", str(recipe), "--out", str(out), *settings]
-    environment = {**os.environ, "PYTHONPATH": str(chain.ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, cwd=chain.ROOT, env=environment
-    )
+@pytest.mark.parametrize(("stage", "longer"), [("sft", "stages.sft.max_steps=200"), ("ppo", "stages.ppo.updates=25")])
+def test_stopped_and_run_again(tmp_path, stage, longer):
+    """SIGTERM ends with 75 and the command to go on; that command goes on and ends where an undisturbed run ends.
 
-
-def wait_for(log: Path, text: str, process: subprocess.Popen[str]) -> None:
-    """Wait until `text` is in the log of a process that is still running."""
-    for _ in range(600):
-        if text in log.read_text():
-            return
-        assert process.poll() is None, log.read_text()[-2000:]
-        time.sleep(0.1)
-    raise AssertionError(f"{text!r} did not come within a minute")
-
-
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_stopped_and_run_again(tmp_path, stage):
-    """SIGTERM ends with 75 and the command to go on; that command goes on and ends where an undisturbed run ends."""
+    The stage is long enough not to end before the signal comes.
+    """
     recipe = chain.write_chain(tmp_path)
     log = tmp_path / "log"
-    process = start(recipe, tmp_path / "out", log, "--fresh")
-    wait_for(log, f"{stage} step 1", process)
+    process = chain.start(log, "run", str(recipe), "--out", str(tmp_path / "out"), "--fresh", "--set", longer)
+    chain.wait_for(log, f"{stage} step 1", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75, log.read_text()[-2000:]
-    again = f"rlhf-kit run {recipe} --out {tmp_path / 'out'}"
+    again = f"rlhf-kit run {recipe} --set {longer} --out {tmp_path / 'out'}"
     assert log.read_text().splitlines()[-1].strip() == again
     assert "Traceback" not in log.read_text()
     assert not (tmp_path / "out" / stage / "manifest.json").exists()
 
-    result = chain.run_chain(recipe, tmp_path / "out")
+    result = chain.run_chain(recipe, tmp_path / "out", longer)
     assert f"{stage}: was interrupted; going on from its checkpoint" in result.stderr
-    chain.run_chain(recipe, tmp_path / "undisturbed")
+    chain.run_chain(recipe, tmp_path / "undisturbed", longer)
     for name in ("sft", "reward", "ppo"):
         resumed, undisturbed = (read_adapter(tmp_path / out / name / "adapter") for out in ("out", "undisturbed"))
         assert resumed.keys() == undisturbed.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from rlhf_kit.models import read_adapter
 from tests import tiny
 from tests.end_to_end import chain
+from tests.faults.harness import left
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -87,6 +89,24 @@ def test_two_processes_learn_the_same_from_rankings(tmp_path):
     for line, other in zip(metrics(one.parent, "reward"), metrics(two.parent, "reward"), strict=True):
         for name in ("reward/loss", "reward/lm_loss", "reward/ensemble_std"):
             assert other.get(name) == pytest.approx(line.get(name), rel=1e-3)
+
+
+def test_a_launch_that_is_stopped_goes_on(tmp_path):
+    """SIGTERM to `accelerate launch` with two processes saves a checkpoint and says how to go on; launched again, the
+    run ends bit for bit as two processes that nobody stopped.
+    """
+    recipe, longer = chain.write_chain(tmp_path), "stages.ppo.updates=25"
+    log, out = tmp_path / "log", tmp_path / "out"
+    process = chain.start(log, "run", str(recipe), "--out", str(out), "--set", longer, processes=2)
+    chain.wait_for(log, "ppo step 1 ", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(90) != 0
+    assert f"accelerate launch [as before] -m rlhf_kit run {recipe} --set {longer} --out {out}" in log.read_text()
+    assert not (out / "ppo" / "manifest.json").exists()
+    result = chain.run_chain(recipe, out, longer, processes=2)
+    assert "ppo: was interrupted; going on from its checkpoint" in result.stderr
+    chain.run_chain(recipe, tmp_path / "undisturbed", longer, processes=2)
+    assert left(out) == left(tmp_path / "undisturbed")
 
 
 def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(tmp_path):

@@ -43,7 +43,7 @@ def test_human_dialogues_go_through_with_every_row_explained(tmp_path):
 
 
 def test_stories_get_happier(tmp_path):
-    """In 15 updates PPO raises the outside score, which it never sees, by more than one SFT standard deviation."""
+    """In 30 updates PPO raises the outside score, which it never sees, by more than one SFT standard deviation."""
     write_data(tmp_path / "data", CHECKPOINT, ASSETS / "data" / "tinystories-sample" / "train_sample.jsonl", pairs=1500)
     out = tmp_path / "run"
     chain.run_chain(
@@ -51,7 +51,7 @@ def test_stories_get_happier(tmp_path):
         out,
         f"base.model={CHECKPOINT}",
         f"data_root={tmp_path / 'data'}",
-        "stages.ppo.updates=15",
+        "stages.ppo.updates=30",
     )
     systems = json.loads((out / "summary.json").read_text())["systems"]
     gain = (systems["ppo"]["gold"] - systems["sft"]["gold"]) / systems["sft"]["gold_std"]
