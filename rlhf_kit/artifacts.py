@@ -32,6 +32,7 @@ REPORT = "report.html"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 TRACKERS = "trackers"
+PARTIAL = ".partial"  # suffix of a file that is being written
 PREVIOUS = ".previous"  # suffix of a finished stage's folder while the stage is run again
 SCHEMA = 1
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
@@ -75,7 +76,7 @@ def _makes_the_model(path: Path) -> bool:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Put a file in place whole: written beside, synced, renamed. A crash leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     with _open_own(partial, os.O_TRUNC) as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -128,12 +129,13 @@ def sync(path: Path) -> None:
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return every file of a finished stage's folder as {"adapter/x": {"bytes", "sha256"}}.
 
-    Not its checkpoints and not the two files that say how far the stage is.
+    Not its checkpoints, not the two files that say how far the stage is, and no half file that a crash has left.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in {MANIFEST, STARTED} and not name.startswith(f"{CHECKPOINTS}/"):
+        own = name in {MANIFEST, STARTED} or name.startswith(f"{CHECKPOINTS}/") or path.name.endswith(PARTIAL)
+        if path.is_file() and not own:
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     return files
 

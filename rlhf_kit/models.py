@@ -297,6 +297,8 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
     artifacts.write_atomically(folder / ADAPTER_WEIGHTS, content)
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set, whose order is another in every process
     config.base_model_name_or_path = without_local_paths(base.model)
     config.revision = None if Path(base.model).is_dir() else base.revision
     config.save_pretrained(str(folder))

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_kit import recipe
 from rlhf_kit.collate import (
     IGNORED,
-    PASS,
     Pair,
     TextFormat,
     compare,
@@ -24,6 +23,7 @@ from rlhf_kit.collate import (
     forward_passes,
     left_pad,
     load_text_format,
+    pass_cost,
     refuse_special_tokens,
     right_pad,
     tokenise_comparisons,
@@ -485,7 +485,7 @@ def test_identity_survives_use_and_tells_formats_apart(tmp_path):
 
 
 def cost(passes: list[list[int]], lengths: list[int]) -> int:
-    return sum(len(rows) * max(lengths[row] for row in rows) + PASS for rows in passes)
+    return sum(len(rows) * max(lengths[row] for row in rows) + pass_cost() for rows in passes)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=7), st.integers(1, 900))
@@ -514,7 +514,12 @@ def _cut(order: list[int], ends: Sequence[bool]) -> list[list[int]]:
     return cut
 
 
-def test_passes_by_hand():
+@pytest.fixture
+def on_a_cpu(monkeypatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+
+
+def test_passes_by_hand(on_a_cpu):
     """Two long and three short rows: apart they cost 2 x 100 + 3 x 10 + 2 x 64 = 358, together 500 + 64."""
     assert forward_passes([10, 100, 10, 100, 10]) == [[1, 3], [0, 2, 4]]
     assert forward_passes([10, 12, 11]) == [[1, 2, 0]]
@@ -526,7 +531,7 @@ def test_lists_stay_within_the_budget():
     assert within_budget([5, 5], 10) == [[0, 1]]
 
 
-def test_comparisons_point_at_their_completions(tmp_path):
+def test_comparisons_point_at_their_completions(tmp_path, on_a_cpu):
     """Each completion is there once, and each pair finds its two among the passes, whatever their order."""
     found = text_format(tmp_path)
     rows = [
