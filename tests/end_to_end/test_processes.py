@@ -87,8 +87,9 @@ def test_two_processes_learn_the_same_from_rankings(tmp_path):
     assert first["steps"] == second["steps"] and first["cost"]["tokens"] == second["cost"]["tokens"]
     assert first["heldout"]["pairs"] == second["heldout"]["pairs"]
     for line, other in zip(metrics(one.parent, "reward"), metrics(two.parent, "reward"), strict=True):
-        for name in ("reward/loss", "reward/lm_loss", "reward/ensemble_std"):
-            assert other.get(name) == pytest.approx(line.get(name), rel=1e-3)
+        assert line.keys() == other.keys()
+        for name in line.keys() & {"reward/loss", "reward/lm_loss", "reward/ensemble_std"}:
+            assert other[name] == pytest.approx(line[name], rel=1e-3)
 
 
 def test_a_launch_that_is_stopped_goes_on(tmp_path):
