@@ -74,9 +74,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_all: bool, logs: Sequence
         if path.exists():
             artifacts.sync(path)
     folder.mkdir(parents=True, exist_ok=True)
+    for half in folder.glob(f".*{artifacts.PARTIAL}"):  # that a crash has left
+        shutil.rmtree(half)
     final = folder / f"step-{checkpoint.step:06d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder / f".{final.name}{artifacts.PARTIAL}"
     partial.mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     artifacts.write_atomically(partial / TENSORS, to_bytes(tensors))

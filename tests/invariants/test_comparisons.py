@@ -15,6 +15,7 @@ from rlhf_kit.collate import compare, right_pad, tokenise_comparisons
 from rlhf_kit.errors import InputError, Interrupted
 from rlhf_kit.examples import Preference, Ranking
 from rlhf_kit.models import load_base, sequence_scores
+from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage
 from rlhf_kit.stages import reward
 from rlhf_kit.training import Training, evaluating, row_order
@@ -238,7 +239,7 @@ def test_an_ensemble_is_read_back_and_makes_one_score(tmp_path):
     described = outcome.extra["ensemble"]
     assert (described["score"], described["k"]) == ("lower", 0.5)
     assert [member["folder"] for member in described["members"]] == ["adapter", "members/1/adapter"]
-    ensemble = reward.Ensemble(job, budget=512)
+    ensemble = reward.Ensemble(job, Pieces("here", 512, "tokens"))
     probe = outcome.extra["probe"][0]
     raw = []
     for member in range(2):
@@ -265,13 +266,13 @@ def test_an_interrupted_ensemble_goes_on_bit_for_bit(tmp_path, monkeypatch):
         tmp_path, adapter={"dropout": 0.1}, ranked=True, reward={"init": None, "ensemble": 2, "lm_coef": 0.1}
     )
     expected = reward.run(make_job(recipe, "reward", tmp_path / "whole"))
-    for stop in (2, 6):  # of 6 steps a member; a training looks once a step, not after the last
+    for stop in (2, 6):  # of 6 steps a member; a training looks once a step
         with pytest.raises(Interrupted):
             reward.run(make_job(recipe, "reward", tmp_path / "pieces", stop=StopAfter(stop)))
     trained, run = [], Training.run
     monkeypatch.setattr(Training, "run", lambda self: (trained.append((self.name, self.first)), run(self)))
     outcome = reward.run(make_job(recipe, "reward", tmp_path / "pieces"))
-    assert trained == [("reward member 1", 3)]  # the first is not trained again
+    assert trained == [("reward", 6), ("reward member 1", 2)]  # where each goes on; the first is not trained again
     assert outcome == expected
     for place in ("", "members/1"):
         whole, pieces = tmp_path / "whole" / "reward" / place, tmp_path / "pieces" / "reward" / place

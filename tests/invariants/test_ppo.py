@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from rlhf_kit.recipe import load_recipe
 from rlhf_kit.stages import Job, StopRequest, ppo
 from tests import tiny
 from tests.invariants import roles
+from tests.invariants.stage_jobs import StopAfter
 
 
 def count_of_a(prompts, completions):
@@ -163,16 +165,17 @@ def test_a_reward_model_that_changed_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["adapter", "trunk"])
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, value):
-    """Stopped after the first update and started again, a run ends with the same adapters, metrics and samples."""
+@pytest.mark.parametrize("looks", [2, 3])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, value, looks):
+    """Stopped while it learns, or while it samples, a run ends with the same adapters, metrics and samples."""
     whole = make_job(tmp_path, value=value, samples_every=1, kl_target=2.0)
     ppo.run(whole)
 
+    # An update looks twice whether it is to stop: before it learns, and at its end. The third look is at the rollout of
+    # the second update, which is given up.
     halves = make_job(tmp_path, out="halves", value=value, samples_every=1, kl_target=2.0)
-    halves.stop.requested = True
     with pytest.raises(Interrupted, match="after update 1 of 3"):
-        ppo.run(halves)
-    halves.stop.requested = False
+        ppo.run(replace(halves, stop=StopAfter(looks)))
     ppo.run(halves)
 
     folders = ("adapter", "value") if value == "adapter" else ("adapter",)

@@ -162,7 +162,7 @@ def test_the_reward_role_scores_as_the_plain_sequence_classifier_does(tmp_path):
     """transformers and peft alone give the scores that the shared base gives, from the files of the adapter folder."""
     shared, text_format = roles.shared_base(tmp_path)
     rollout = roles.sampled(shared, text_format)
-    ours = AdapterScorer(shared, "reward")(Written([], [], rollout.ids, rollout.mask))
+    ours = AdapterScorer(shared, ["reward"])(Written([], [], rollout.ids, rollout.mask))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
     plain = PeftModel.from_pretrained(plain, tmp_path / "reward").eval()
     for row in range(len(roles.PROMPTS)):
@@ -176,7 +176,7 @@ def test_the_value_function_starts_as_the_normalised_score(world):
     """At the last real token the value head gives (score - mean) / std of the reward model it was started from."""
     shared, text_format = world
     rollout = roles.sampled(shared, text_format)
-    scores = AdapterScorer(shared, "reward")(Written([], [], rollout.ids, rollout.mask))
+    scores = AdapterScorer(shared, ["reward"])(Written([], [], rollout.ids, rollout.mask))
     with torch.no_grad():
         hidden = shared.hidden("value", rollout.ids, rollout.mask)
         last = rollout.prompt_ids.shape[1] + rollout.completion_mask.sum(1) - 1

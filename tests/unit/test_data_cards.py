@@ -203,7 +203,7 @@ class TestMessages:
             ({"kind": "rankings", "columns": {"ranks": "r", "comparisons": "c"},
               "preferred": {"first": 0, "second": 1}}, "says again which is better, as ranks does"),
             ({"source": "x*.jsonl"}, "there is no file x*.jsonl"),
-            ({"source": "../*/a.jsonl"}, "there is no file ../*/a.jsonl"),
+            ({"source": "../*/a.jsonl"}, "../*/a.jsonl leads out of the card's folder"),
         ],
     )  # fmt: skip
     def test_what_does_not_go_together(self, here, change, said):
