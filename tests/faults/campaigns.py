@@ -67,29 +67,34 @@ def kills(server: Server, recipe: Path, folder: Path, *, seed: int, at_least: in
     return killed
 
 
-def faults(server: Server, recipe: Path, folder: Path, fault: str) -> tuple[int, int]:
+def faults(
+    server: Server, recipe: Path, folder: Path, fault: str, *, processes: int = 1, every: int = 1
+) -> tuple[int, int]:
     """Let each kind of write, rename, fsync and mkdir of a run fail in turn ("disk full"), or kill it ("killed").
 
     The faults come one after the other in the same run directory, in the order in which a run gets to them; then it is
-    left alone, and compared. Returns how many faults there were, and how many kinds of operation.
+    left alone, and compared. Returns how many faults there were, and of how many kinds of operation.
+
+    every: 2 takes every second kind, and so on.
 
     Raises:
         AssertionError: something was lost, or a user would have read a stack trace.
     """
     whole, out = folder / "whole", folder / "disturbed"
-    kinds = sites(undisturbed(server, recipe, whole, SHORT).operations, whole)
+    kinds = sites(undisturbed(server, recipe, whole, SHORT, processes).operations, whole)[::every]
     how = {"error": errno.ENOSPC} if fault == "disk full" else {"at_signal": signal.SIGKILL}
     met = 0
     for site in kinds:
-        ended = server.run(recipe, out, *SHORT, at=site.replace(str(whole), str(out)), **how)
+        ended = server.run(recipe, out, *SHORT, processes=processes, at=site.replace(str(whole), str(out)), **how)
         if ended.code == 0:
             continue  # what a run that goes on has no need to do again
         met += 1
         assert ended.code in ((1, 2) if fault == "disk full" else (-signal.SIGKILL,)), (site, ended.log[-3000:])
-        assert "Traceback" not in ended.log, (site, ended.log[-3000:])
+        assert processes > 1 or "Traceback" not in ended.log, (site, ended.log[-3000:])
         if fault == "disk full":
-            assert "No space left on device" in ended.log.splitlines()[-1], (site, ended.log[-3000:])
-    undisturbed(server, recipe, out, SHORT)
+            told = [line for line in ended.log.splitlines() if "No space left on device" in line]
+            assert len(told) == 1 and (processes > 1 or told == ended.log.splitlines()[-1:]), (site, ended.log[-3000:])
+    undisturbed(server, recipe, out, SHORT, processes)
     assert left(out) == left(whole), f"{out}: not what an undisturbed run leaves"
     return met, len(kinds)
 

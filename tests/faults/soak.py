@@ -44,7 +44,8 @@ def main() -> int:
                         seed = 1000 * options.seed + rounds
                         killed += campaigns.kills(server, recipe, place, seed=seed, at_least=at_least, processes=many)
                     else:
-                        faults += campaigns.faults(server, recipe, place, campaign)[0]
+                        many = 1 + rounds // 2 % 2
+                        faults += campaigns.faults(server, recipe, place, campaign, processes=many)[0]
                 except AssertionError as loss:
                     losses += 1
                     print(f"round {rounds}, {campaign}, {quantization}: {loss}", file=sys.stderr)

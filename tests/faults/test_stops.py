@@ -30,7 +30,11 @@ def test_killed_at_any_moment(server, recipe, tmp_path, processes, at_least):
 
 
 @pytest.mark.parametrize("fault", ["disk full", "killed"])
-def test_every_write_and_rename(server, recipe, tmp_path, fault):
-    """Each kind of write, rename, fsync and mkdir fails in turn, or kills the run; run again, the run goes on."""
-    met, kinds = campaigns.faults(server, recipe, tmp_path, fault)
-    assert kinds > 100 and met > 0.8 * kinds
+@pytest.mark.parametrize(("processes", "every"), [(1, 1), (2, 6)])
+def test_every_write_and_rename(server, recipe, tmp_path, fault, processes, every):
+    """Each kind of write, rename, fsync and mkdir fails in turn, or kills the run; run again, the run goes on.
+
+    With two processes every sixth; a soak takes them all.
+    """
+    met, kinds = campaigns.faults(server, recipe, tmp_path, fault, processes=processes, every=every)
+    assert kinds * every > 100 and met > 0.8 * kinds
