@@ -98,7 +98,12 @@ def read_json(path: Path) -> Any:
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Append lines, each with its "step", to a file of JSON lines."""
     with _open_own(path, os.O_APPEND) as file:
-        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        file.write(b"".join(map(json_line, lines)))
+
+
+def json_line(line: Mapping[str, Any]) -> bytes:
+    """Return a line of a file of JSON lines; numbers that JSON does not know (nan, inf) are an error."""
+    return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
@@ -228,7 +233,7 @@ def check_run_directory(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if any(name[0] != "." for name in names) and not (folder / RECIPE).is_file():  # not a lock or a half file
         raise InputError(f"{folder}: is not empty and holds no {RECIPE}; a run needs a folder of its own (--out DIR).")
-    links = [path for path in folder.rglob("*") if path.is_symlink() and TRACKERS not in path.parts]
+    links = [path for path in folder.rglob("*") if path.is_symlink() and TRACKERS not in path.relative_to(folder).parts]
     if links:
         raise InputError(
             f"{links[0]}: is a symbolic link to {os.readlink(links[0])}; a run writes to files of its own alone. Put "
@@ -289,7 +294,7 @@ def writing(folder: Path) -> Iterator[None]:
         own = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
         if not own and error.errno not in DISK_ERRORS:
             raise
-        what = f"{error.filename}: " if own else ""
+        what = f"{error.filename}: " if error.filename is not None else ""
         gone = "; the folder is gone" if error.errno == errno.ENOENT else ""
         raise OutOfRoom(
             f"{folder}: cannot go on writing here: {what}{error.strerror}{gone}. Nothing that was finished is lost by "
@@ -302,16 +307,19 @@ def clear(folder: Path) -> None:
     for path in folder.iterdir():
         if (path / MANIFEST).is_file() or (path / STARTED).is_file():
             remove_folder(path)
-        elif path.name in (RECIPE, ENVIRONMENT, SUMMARY, REPORT):
+        elif path.name in (ENVIRONMENT, SUMMARY, REPORT):  # not RECIPE, by which a run directory is known
             path.unlink()
 
 
 def set_aside(folder: Path) -> None:
-    """Clear the way for a stage to run anew: a finished one becomes `<stage>.previous`, an unfinished one goes."""
+    """Clear the way for a stage to run anew: it becomes `<stage>.previous`, unless it is unfinished and has no
+    checkpoint, or a finished one is there already; then it goes.
+    """
     if not folder.exists():
         return
-    if (folder / MANIFEST).is_file():
-        kept = folder.with_name(folder.name + PREVIOUS)
+    kept = folder.with_name(folder.name + PREVIOUS)
+    begun = (folder / CHECKPOINTS).is_dir() and not (kept / MANIFEST).is_file()
+    if (folder / MANIFEST).is_file() or begun:
         remove_folder(kept)
         folder.rename(kept)
     else:

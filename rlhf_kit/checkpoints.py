@@ -96,7 +96,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_all: bool, logs: Sequence
 
 def latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint under `folder` that is whole; damaged ones are named and passed over."""
-    for step, path in reversed(_found(folder)):
+    found = _found(folder)
+    for step, path in reversed(found):
         try:
             state = artifacts.read_json(path / STATE)
             whole = state.pop("sha256") == artifacts.hash_of(state) and state.pop("step") == step
@@ -104,7 +105,8 @@ def latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
                 return Checkpoint(step, load_file(path / TENSORS), state)
         except (AttributeError, KeyError, OSError, TypeError, ValueError):
             pass  # not there, or not what `save` wrote
-        say(f"{path}: this checkpoint is damaged; trying the one before it")
+        before = "trying the one before it" if path != found[0][1] else "none is left, so the stage starts anew"
+        say(f"{path}: this checkpoint is damaged; {before}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""The few collective operations that PPO uses, over accelerate; each is the identity in a single process.
+"""The few collective operations that the stages use, over accelerate; each is the identity in a single process.
 
 Work is divided by global row numbers: a batch of N rows is the same batch on any number of processes, and every
 process takes a contiguous share of it.

@@ -37,8 +37,11 @@ class InputError(Exception):
         return "\n".join(self.problems)
 
 
-class Interrupted(Exception):
-    """Stopped by SIGTERM or SIGINT after a checkpoint was saved. Ends the process with exit code 75."""
+class Interrupted(BaseException):
+    """Stopped by SIGTERM or SIGINT; what was done is in a checkpoint, if anything was. Ends with exit code 75.
+
+    Not an Exception: it may come in the middle of somebody's code, which must not take it for an error of its own.
+    """
 
 
 class Diverged(ArithmeticError):

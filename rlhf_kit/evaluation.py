@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 from accelerate import Accelerator
 
 from rlhf_kit.collate import TextFormat, compared, left_pad, tokenise_prompts
+from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Examples, Preference, Prompt, Ranking, prompts_of
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.maths import kl, statistics
 from rlhf_kit.metrics import progress, say
 from rlhf_kit.models import BASE, SharedBase, context_length, load_base
+from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage
 from rlhf_kit.rollout import completion_logprobs, completion_states, unscored
 from rlhf_kit.scorers import Scorer, Written, add_reward_role, call_function, external_scorer, load_function
@@ -162,14 +165,16 @@ def _answers(
         scorer = external_scorer(last.reward, shared.device)
     gold = settings.gold and (settings.gold, load_function(settings.gold))
 
-    def answers(role: str) -> System:
+    pieces = Pieces("evaluation.batch_size", settings.batch_size, "prompts", accelerator)
+
+    def answers(role: str, size: int) -> System:
         texts: list[str] = []
         scores: list[float] = []
         divergence: list[float] = []
         lengths: list[int] = []
-        starts = range(0, len(prompts), settings.batch_size)
+        starts = range(0, len(prompts), size)
         for start in progress(starts, desc=f"evaluating {role}"):
-            batch = range(start, min(start + settings.batch_size, len(prompts)))
+            batch = range(start, min(start + size, len(prompts)))
             ids = [tokenised.rows[row] for row in batch]
             packed = left_pad(ids, text_format.pad_id)
             uniform = uniforms(batch, len(prompts), limit, recipe.seed, "evaluation")
@@ -190,6 +195,8 @@ def _answers(
                 )
             ]
             raw = scorer(Written([prompts[row] for row in batch], written, rollout.ids, rollout.mask))
+            if not bool(raw.isfinite().all()):
+                raise InputError(f"{last.reward}: a held-out completion of {role} has a score that is NaN or infinite.")
             logprobs = [
                 completion_logprobs(shared, completion_states(shared, who, rollout), rollout, last.temperature)
                 for who in (role, last.policy)
@@ -202,4 +209,4 @@ def _answers(
         return System(texts, scores, judged, divergence, lengths)
 
     with torch.no_grad():
-        return prompts, {role: answers(role) for role in (BASE, *names)}
+        return prompts, {role: pieces.whole(partial(answers, role)) for role in (BASE, *names)}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from rlhf_kit import artifacts
 from rlhf_kit.errors import InputError
 
 if TYPE_CHECKING:  # accelerate takes a second to import; only `tracking` needs it
@@ -65,7 +66,6 @@ class MetricLog:
         self.enabled = enabled
         self.accelerator = accelerator
         self._last: dict[str, Any] = {}  # the last line of the file
-        self._last_at = 0  # the byte at which it starts
         if enabled and path.exists():
             self._rewrite(read_metrics(path))
 
@@ -82,12 +82,12 @@ class MetricLog:
         if self._last and step < self._last["step"]:
             raise ValueError(f"{self.path}: step {step} after step {self._last['step']}; truncate_after comes first")
         line = {"step": step, **(self._last if again else {}), **{k: finite(v) for k, v in numbers.items()}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            if again:
-                file.truncate(self._last_at)
-            self._last, self._last_at = line, file.seek(0, os.SEEK_END)
-            file.write(_json_line(line))
+        if again:
+            self._rewrite([*read_metrics(self.path)[:-1], line])
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            artifacts.append_lines(self.path, [line])
+            self._last = line
         shown = {name: numbers[name] for name in HEADLINE if name in numbers} or numbers
         pairs = "  ".join(f"{name.removeprefix('objective/')} {value:.4g}" for name, value in shown.items())
         say(f"{self.path.parent.name} step {step}  {pairs}")
@@ -102,20 +102,13 @@ class MetricLog:
             self._rewrite([line for line in read_metrics(self.path) if line["step"] <= step])
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
-        written = [_json_line(line) for line in lines]
-        temporary = self.path.with_name(self.path.name + ".new")
-        temporary.write_bytes(b"".join(written))
-        os.replace(temporary, self.path)
-        self._last, self._last_at = (lines[-1], sum(map(len, written[:-1]))) if lines else ({}, 0)
+        artifacts.write_atomically(self.path, b"".join(map(artifacts.json_line, lines)))
+        self._last = lines[-1] if lines else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, without a last one that has no end of line (a crash cut it off)."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-
-
-def _json_line(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line, allow_nan=False).encode() + b"\n"
 
 
 def finite(value: float) -> float | None:

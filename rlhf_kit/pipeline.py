@@ -48,7 +48,7 @@ from rlhf_kit.token_cache import tokenised
 
 CARD_FIELDS = ("data", "normalize_on", "prompts")
 """Settings that name a data card: a stage is known by the card's content, not by its path."""
-NOT_OF_THE_RESULT = ("checkpoint_every", "keep_checkpoints", "kl_budget")
+NOT_OF_THE_RESULT = ("checkpoint_every", "keep_checkpoints", "kl_budget", "on_nonfinite", "max_skipped")
 """Settings that change nothing a stage leaves behind; a finished stage is not run again for them."""
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -367,12 +367,16 @@ class Pipeline:
             begun = artifacts.read_json(folder / artifacts.STARTED)
             changed = artifacts.differences(begun["made_from"], made_from)
             checkpoints = folder / artifacts.CHECKPOINTS
-            if not changed and checkpoints.is_dir() and any(checkpoints.iterdir()):
+            if not changed and any(checkpoints.glob("step-*")):
                 say(f"{name}: was interrupted; going on from its checkpoint")
                 self._note_environment(folder, begun)
                 return made_from, False
             if changed:
-                say(f"{name}: was interrupted and starts anew, because of {_listed(changed)}")
+                kept = f"; what it had done is kept in {name}{artifacts.PREVIOUS} until then"
+                say(
+                    f"{name}: was interrupted and starts anew, because of {_listed(changed)}"
+                    f"{kept if checkpoints.is_dir() else ''}"
+                )
         self._write_head()
         artifacts.set_aside(folder)
         folder.mkdir()
@@ -443,10 +447,12 @@ class Pipeline:
     def summarise(self) -> dict[str, Any] | None:
         """Return the summary, measured now unless it is there and of these stages; None while one is not finished."""
         made_from, summary = _on_main(self.accelerator, self._look_for_summary)
+        if summary is not None and self.accelerator.is_main_process:
+            report.write_report(self.folder)  # a run that was killed may have got as far as the summary
         if made_from is None or summary is not None:
             return summary
         self._raise_if_stopped("the evaluation")
-        with self.stop.nothing_to_lose():
+        with self.stop.nothing_to_lose(self.accelerator):
             summary = evaluation.summarise(
                 self.recipe, self.folder, self.finished(), self.examples, self.text_format, self.accelerator
             )

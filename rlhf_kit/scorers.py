@@ -174,7 +174,10 @@ class ClassifierScorer:
 
 
 class FunctionScorer:
-    """A Python function `package.module:function(prompts, completions) -> numbers`, the user's own code."""
+    """A Python function `package.module:function(prompts, completions) -> numbers`, the user's own code.
+
+    A score that is not finite is passed on: what becomes of it is for `on_nonfinite` to say.
+    """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
@@ -182,7 +185,8 @@ class FunctionScorer:
         self.device = device
 
     def __call__(self, written: Written) -> Tensor:
-        return torch.tensor(call_function(self.function, self.name, written.prompts, written.texts), device=self.device)
+        numbers = call_function(self.function, self.name, written.prompts, written.texts, finite=False)
+        return torch.tensor(numbers, device=self.device)
 
 
 def external_scorer(name: str, device: torch.device) -> Scorer:
@@ -212,11 +216,16 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def call_function(
-    function: Callable[..., Any], name: str, prompts: Sequence[Prompt], completions: Sequence[str]
+    function: Callable[..., Any],
+    name: str,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    *,
+    finite: bool = True,
 ) -> list[float]:
     """Return the function's numbers, one for each completion.
 
-    Raises: InputError when they are not that many finite numbers.
+    Raises: InputError when they are not that many numbers, or if `finite` one is NaN or infinite.
     """
     returned = function(list(prompts), list(completions))
     try:
@@ -227,7 +236,7 @@ def call_function(
     if len(numbers) != len(completions):
         raise InputError(f"{name}: returned {len(numbers)} numbers for {len(completions)} completions.")
     for number, completion in zip(numbers, completions, strict=True):
-        if not math.isfinite(number):
+        if finite and not math.isfinite(number):
             raise InputError(f"{name}: returned {number} for the completion {completion[:80]!r}; finite numbers only.")
     return numbers
 

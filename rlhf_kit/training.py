@@ -34,7 +34,7 @@ from rlhf_kit import checkpoints, distributed
 from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.generation import derived_seed, seed_generators
 from rlhf_kit.maths.schedules import learning_rate_factor
-from rlhf_kit.metrics import MetricLog, peak_bytes, progress, say
+from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage, SFTStage
 
@@ -207,7 +207,8 @@ class Training:
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` steps, from the main process; the others wait."""
         if self.accelerator.is_main_process:
-            state = {"carried": self.carried, "skipped": self.skipped, "pieces": self.pieces.size}
+            carried = {name: finite(value) for name, value in self.carried.items()}
+            state = {"carried": carried, "skipped": self.skipped, "pieces": self.pieces.size}
             checkpoints.save(
                 self.folder / "checkpoints",
                 checkpoints.Checkpoint(done, checkpoints.tensors_of(self.parameters, self.optimizer), state),
@@ -302,7 +303,7 @@ class Watched(Trainer):
 
 
 class _Reporter(TrainerCallback):
-    """Logs each step, checks its gradients, saves now and then, and stops when asked."""
+    """Seeds and logs each step, saves now and then, and stops when asked."""
 
     def __init__(self, training: Training, figures: Callable[[], dict[str, float]]) -> None:
         self.training = training

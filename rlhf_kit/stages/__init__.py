@@ -18,6 +18,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from rlhf_kit import distributed
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import Interrupted
 from rlhf_kit.examples import Examples
@@ -43,15 +44,20 @@ class StopRequest:
         return self
 
     @contextmanager
-    def nothing_to_lose(self) -> Iterator[None]:
-        """While it lasts, a signal raises `Interrupted` where it comes: there is no checkpoint to wait for."""
-        if self.requested:
-            raise Interrupted("stopped")
-        self._at_once = True
+    def nothing_to_lose(self, accelerator: Accelerator) -> Iterator[None]:
+        """While it lasts, a signal raises `Interrupted` where it comes: there is no checkpoint to wait for.
+
+        Several processes go on to the end of the block, where they agree: one alone would leave the others waiting.
+        """
+        self._at_once = accelerator.num_processes == 1
         try:
+            if self._at_once and self.requested:
+                raise Interrupted("stopped before measuring")
             yield
         finally:
             self._at_once = False
+        if distributed.agree(self.requested, accelerator):
+            raise Interrupted("stopped while measuring")
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():

@@ -37,6 +37,7 @@ from rlhf_kit.rollout import (
     ValueFunction,
     completion_logprobs,
     completion_states,
+    fill,
     microbatches,
     of_like_length,
     scored_by_models,
@@ -65,7 +66,9 @@ def run(job: Job) -> Outcome:
         try:
             rollout, written = trainer.roll_out(update)
         except Diverged as error:
-            log.log(update + 1, trainer.skip(error))
+            skipped = trainer.skip(error)
+            trainer.metrics |= skipped
+            log.log(update + 1, skipped)
             trainer.checkpoint_if_due(update + 1)
             continue
         trainer.stop_if_asked(update)  # nothing is learnt yet: only the rollout is made again
@@ -112,11 +115,18 @@ class PPO:
         self.format = job.text_format
         self.seed = (job.recipe.seed, job.name)
         self.rows = distributed.share(self.settings.batch_size, self.accelerator)  # of each global batch
+        if self.settings.batch_size < self.accelerator.num_processes:
+            raise InputError(
+                f"stages.{job.name}.batch_size: {self.settings.batch_size} completions for "
+                f"{self.accelerator.num_processes} processes; each needs one at least."
+            )
         self.log = MetricLog(
             job.folder / "metrics.jsonl", enabled=self.accelerator.is_main_process, accelerator=self.accelerator
         )
-        self.pieces = Pieces(f"stages.{job.name}.microbatch", self.settings.microbatch, "completions")
-        self.at_once = Pieces(f"stages.{job.name}.batch_size", len(self.rows), "completions generated at a time")
+        self.pieces = Pieces(f"stages.{job.name}.microbatch", self.settings.microbatch, "completions", self.accelerator)
+        self.at_once = Pieces(
+            f"stages.{job.name}.batch_size", len(self.rows), "completions generated at a time", self.accelerator
+        )
         self.skipped = 0
         self.metrics: dict[str, float] = {}
         self.ensemble_std: list[Tensor] = []  # sums over the completions of each microbatch
@@ -187,6 +197,11 @@ class PPO:
             _, written = self._sample(REFERENCE, self._prompt_rows(batch), "score unit", batch)
             scores += distributed.gather_rows(self._raw_scores(written).tolist(), self.accelerator)
         unit = torch.tensor(scores, dtype=torch.float64)
+        if not bool(unit.isfinite().all()):
+            raise InputError(
+                f"stages.{self.job.name}.reward: {self.settings.reward} gives completions of the reference policy scores "
+                "that are NaN or infinite, so it has no unit; mend it, or set normalize_score: false."
+            )
         if not float(unit.std(correction=0)) > 0:
             raise InputError(
                 f"stages.{self.job.name}.reward: {self.settings.reward} gives all {len(scores)} completions of the "
@@ -224,9 +239,8 @@ class PPO:
         scored = self._scored_by_models(rollout)
         kl_error = float((scored["policy_logprobs"] - scored["reference_logprobs"]).abs().max())
         with torch.enable_grad():
-            states = completion_states(self.shared, POLICY, rollout)
-            again = completion_logprobs(self.shared, states, rollout, self.settings.temperature)
-        ratio_error = float((torch.exp(again.detach() - scored["policy_logprobs"]) - 1).abs().max())
+            again = self.pieces.whole(lambda size: self._logprobs_with_gradients(rollout, size))
+        ratio_error = float((torch.exp(again - scored["policy_logprobs"]) - 1).abs().max())
         found = {"kl": kl_error, "first_ratio_error": ratio_error, "probe_score_error": self._probe_error()}
         limits = {
             "kl": 0.0,
@@ -238,6 +252,14 @@ class PPO:
                 raise RuntimeError(f"{self.job.name}: step-0 invariant {name} is {error:.3g}, not 0 as it must be")
         say(f"{self.job.name}: invariants hold: " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
         return found
+
+    def _logprobs_with_gradients(self, rollout: Rollout, size: int) -> Tensor:
+        logprobs = torch.zeros_like(rollout.policy_logprobs)
+        for rows in microbatches(range(len(logprobs)), size):
+            piece = rollout.rows(torch.tensor(rows, device=self.shared.device))
+            states = completion_states(self.shared, POLICY, piece)
+            fill(logprobs, rows, completion_logprobs(self.shared, states, piece, self.settings.temperature).detach())
+        return logprobs
 
     def _probe_error(self) -> float:
         """Return the largest difference of the stored probe's scores then and now; 0 without a reward stage."""
@@ -563,8 +585,9 @@ class PPO:
         folder = self.job.folder / artifacts.CHECKPOINTS
         kept = f" The last good state is kept in {folder}." if folder.is_dir() else ""
         return Diverged(
-            f"{self.job.name}: update {update + 1}: {name} is NaN or infinite.{kept} A lower learning_rate, a "
-            "higher kl_coef or base.dtype: float32 usually helps."
+            f"{self.job.name}: update {update + 1}: {name} is NaN or infinite.{kept} on_nonfinite: skip goes on from "
+            "there and leaves such steps out; a lower learning_rate, a higher kl_coef or base.dtype: float32 usually "
+            "helps, and starts the stage anew."
         )
 
     def skip(self, error: Diverged) -> dict[str, float]:

@@ -90,14 +90,14 @@ def run(job: Job) -> Outcome:
     reference = reference_rows(job, limit)
     least = max(map(tokens_of_group, groups.rows))
     budget = token_budget(job.name, settings, least)
-    pieces = Pieces(f"stages.{job.name}.microbatch", budget, "tokens", least=least)
+    pieces = Pieces(f"stages.{job.name}.microbatch", budget, "tokens", job.accelerator, least=least)
     probe = [ids for group in (heldout or groups).rows[:PROBE] for ids in group["completions"]][:PROBE]
 
     trained = []
     for member in range(settings.ensemble):
         trained.append(train_member(job, member, groups.rows, pieces, probe))
         gc.collect()  # a trainer refers to itself; two bases need not fit into memory
-    with job.stop.nothing_to_lose():  # what is measured here is measured again
+    with job.stop.nothing_to_lose(job.accelerator):  # what is measured here is measured again
         return measured(job, groups, heldout, reference, trained, probe, pieces)
 
 

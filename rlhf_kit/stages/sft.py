@@ -62,7 +62,7 @@ def run(job: Job) -> Outcome:
         accelerator=job.accelerator,
         stop=lambda: job.stop.requested,
         log=log,
-        pieces=Pieces(f"stages.{job.name}.microbatch", settings.microbatch, "rows"),
+        pieces=Pieces(f"stages.{job.name}.microbatch", settings.microbatch, "rows", job.accelerator),
     )
     trainer = Trainer(
         model=model,
@@ -86,7 +86,7 @@ def run(job: Job) -> Outcome:
     training.run()
     metrics = dict(training.carried)
     if heldout:
-        with job.stop.nothing_to_lose():
+        with job.stop.nothing_to_lose(job.accelerator):
             metrics["sft/heldout_loss"] = loss_on_heldout()
         log.log(training.steps, {"sft/heldout_loss": metrics["sft/heldout_loss"]})
     if job.accelerator.is_main_process:

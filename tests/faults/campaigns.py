@@ -51,11 +51,15 @@ def kills(server: Server, recipe: Path, folder: Path, *, seed: int, at_least: in
             ahead = [operation for operation in operations if not any(f"/{name}/" in operation for name in done)]
             number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             if draw.random() < 0.5:
-                how = {"at": draw.choice(ahead), "at_signal": number}
+                number_of_it = draw.randrange(len(ahead))
+                operation = ahead[number_of_it]
+                time = ahead[: number_of_it + 1].count(operation)
+                how = {"at": operation, "at_time": time, "at_signal": number}
             else:
                 most = whole.seconds * len(ahead) / len(operations)
                 how = {"signal": number, "signal_after_s": draw.uniform(0.3, most)}
-            ended = server.run(recipe, out, *CHECKPOINTS, processes=processes, only_one=draw.random() < 0.5, **how)
+            only = draw.choice([None, 0, processes - 1])
+            ended = server.run(recipe, out, *CHECKPOINTS, processes=processes, only=only, **how)
             assert all(code in ENDS for code in ended.codes), (how, ended.log[-3000:])
             # a process whose partner dies is told by the library that talked to it, with a stack trace
             assert processes > 1 or "Traceback" not in ended.log, (how, ended.log[-3000:])

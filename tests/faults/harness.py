@@ -84,18 +84,19 @@ class Server:
         *settings: str,
         processes: int = 1,
         at: str = "",
+        at_time: int = 1,
         error: int = 0,
         at_signal: int = 0,
         signal: int = 0,
         signal_after_s: float | None = None,
-        only_one: bool = False,
+        only: int | None = None,
         before: str = "",
     ) -> Ended:
         """Run a recipe into `out`.
 
         at: the operation of the main process, as `Ended.operations` has it, that fails with `error`, as all later ones
-        do, or in the middle of which it gets `at_signal`.
-        signal, signal_after_s: what all processes (or the first alone) get after so many seconds.
+        do, or in the middle of which it gets `at_signal`; of several alike the `at_time`-th.
+        signal, signal_after_s: what all processes (or the one of rank `only`) get after so many seconds.
         before: Python that each process executes first.
         """
         log = Path(self.folder.name) / "log"
@@ -108,11 +109,12 @@ class Server:
             "below": f"{out}",
             "processes": processes,
             "at": at,
+            "at_time": at_time,
             "error": error,
             "at_signal": at_signal,
             "signal": signal,
             "signal_after_s": signal_after_s,
-            "only_one": only_one,
+            "only": only,
             "before": before,
             "log": str(log),
         }

@@ -55,8 +55,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         running = [child for child in children if child not in codes]
         now = time.monotonic()
         if signal_at is not None and now >= signal_at:
-            for child in running[:1] if request["only_one"] else running:
-                os.kill(child, request["signal"])
+            for child in running if request["only"] is None else children[request["only"] :][:1]:
+                if child in running:
+                    os.kill(child, request["signal"])
             signal_at = None
         if running and first_end is not None and codes[next(iter(codes))] != 0:  # as a launcher does
             for child in running:
@@ -84,7 +85,8 @@ def fork(request: dict[str, Any], rank: int, world: int, port: int) -> int:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
         if rank == 0:
-            shim.fault_arm(request["below"].encode(), request["at"].encode(), request["error"], request["at_signal"])
+            what = request["below"].encode(), request["at"].encode()
+            shim.fault_arm(*what, ctypes.c_long(request["at_time"]), request["error"], request["at_signal"])
         exec(request["before"], {})
         sys.argv = ["rlhf-kit", *request["arguments"]]
         from rlhf_kit import __main__ as command_line

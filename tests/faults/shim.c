@@ -15,6 +15,7 @@
 static struct state {
     char below[4096];     /* only paths that begin with this count; none if it is empty */
     char what[4096];      /* the operation to disturb, as it is recorded; empty disturbs none */
+    long time;            /* the how manieth of these, from 1 */
     int error;            /* it fails with this errno, as does every later operation */
     int signal;           /* or the process gets this signal in the middle of it */
     int done;             /* it has happened */
@@ -27,11 +28,11 @@ __attribute__((constructor)) static void begin(void) {
     state = mmap(NULL, sizeof *state, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 }
 
-void fault_arm(const char *below, const char *what, int error, int signal) {
+void fault_arm(const char *below, const char *what, long time, int error, int signal) {
     memset(state, 0, sizeof *state);
     strncpy(state->below, below, sizeof state->below - 1);
     strncpy(state->what, what, sizeof state->what - 1);
-    state->error = error, state->signal = signal, state->process = getpid();
+    state->time = time, state->error = error, state->signal = signal, state->process = getpid();
 }
 
 const char *fault_record(void) { return state->record; }
@@ -45,7 +46,7 @@ static int disturbed(const char *operation, const char *path) {
     int added = snprintf(state->record + state->used, room, "%s\n", line);
     state->used += added < room ? added : 0;
     if (state->done) return state->error ? (errno = state->error, 1) : 0;
-    if (strcmp(line, state->what)) return 0;
+    if (strcmp(line, state->what) || --state->time) return 0;
     state->done = 1;
     return state->error ? (errno = state->error, 1) : 2;
 }

@@ -163,6 +163,19 @@ def test_without_memory_the_pieces_halve(server, recipe, whole, tmp_path):
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3, stage  # of up to 0.2
 
 
+def test_halved_pieces_go_on_halved(server, recipe, tmp_path):
+    """A checkpoint takes the smaller size along: resumed where there is memory again, the run ends as if there were not."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    ended = server.run(recipe, whole, *SHORT, before=SMALLER)
+    assert ended.code == 0, ended.log[-3000:]
+    at = f"rename {out}/ppo/checkpoints/step-000003"
+    ended = server.run(recipe, out, *SHORT, before=SMALLER, at=at, at_signal=signal.SIGKILL)
+    assert ended.code == -signal.SIGKILL
+    ended = server.run(recipe, out, *SHORT)
+    assert ended.code == 0 and "going on after update 2" in ended.log, ended.log[-3000:]
+    assert left(out) == left(whole)
+
+
 def test_pieces_of_one_that_do_not_fit_end_the_run_with_advice(server, recipe, tmp_path):
     """Where nothing is left to halve, the message says what needs less memory; exit code 1, no traceback."""
     ended = server.run(recipe, tmp_path / "run", *SHORT, before=SMALLER.replace("rows > 1", "rows > 0"))
@@ -200,6 +213,50 @@ sft.Trainer.part, ppo.PPO._raw_scores = broken, scores
     assert metrics(out, "sft")[2]["sft/loss"] is None
     assert metrics(out, "ppo")[1] == {"step": 2, "ppo/skipped_steps": 1}
     assert [line["ppo/skipped_steps"] for line in metrics(out, "ppo")[1:]] == [1, 1]
+
+
+def test_a_skip_is_remembered(server, recipe, tmp_path):
+    """What was skipped before a stop counts after it, in SFT and in PPO; a scoring function may give NaN in between."""
+    (tmp_path / "moody.py").write_text(
+        "calls = 0\n\ndef score(prompts, completions):\n    global calls\n    calls += 1\n"
+        "    return [float('nan') if calls == 2 else len(text) for text in completions]\n"
+    )
+    settings = ("stages.ppo.reward=moody:score", "stages.ppo.normalize_score=false", "stages.ppo.microbatch=8")
+    settings += (*SHORT, "stages.ppo.on_nonfinite=skip")
+    out, before = tmp_path / "run", f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    at = f"rename {out}/ppo/checkpoints/step-000002"
+    ended = server.run(recipe, out, *settings, before=before, at=at, at_signal=signal.SIGKILL)
+    assert "is skipped, 1 so far" in ended.log, ended.log[-3000:]
+    assert server.run(recipe, out, *settings, before=before + "; import moody; moody.calls = 3").code == 0
+    assert [line["ppo/skipped_steps"] for line in metrics(out, "ppo")] == [1, 1, 1]
+
+
+def test_checkpoints_by_time_are_kept_if_asked_for(server, recipe, tmp_path):
+    """With `minutes` alone a checkpoint comes whenever so much time has passed; keep_checkpoints keeps all of them."""
+    out = tmp_path / "run"
+    settings = (*SHORT, *(f"stages.{stage}.keep_checkpoints=true" for stage in STAGES))
+    settings += tuple(f"stages.{stage}.checkpoint_every={{updates: null, minutes: 1e-9}}" for stage in STAGES)
+    ended = server.run(recipe, out, *settings)
+    assert ended.code == 0, ended.log[-3000:]
+    kept = {stage: sorted(path.name for path in (out / stage / "checkpoints").iterdir()) for stage in STAGES}
+    assert kept == {
+        "sft": [f"step-00000{step}" for step in (1, 2, 3, 4)],
+        "reward": [f"step-00000{step}" for step in (1, 2, 3)],
+        "ppo": [f"step-00000{step}" for step in (1, 2, 3)],
+    }
+
+
+def test_a_changed_setting_keeps_what_was_done(server, recipe, stopped):
+    """Half of a stage is set aside, not deleted, when a setting that it depends on changes; on_nonfinite is none."""
+    ended = server.run(
+        recipe, stopped, *SHORT, "stages.ppo.on_nonfinite=skip", at=f"mkdir {stopped}/ppo/adapter", error=errno.ENOSPC
+    )
+    assert "going on after update 2" in ended.log
+    ended = server.run(
+        recipe, stopped, *SHORT, "stages.ppo.kl_coef=0.1", at=f"mkdir {stopped}/ppo/checkpoints", error=errno.ENOSPC
+    )
+    assert "what it had done is kept in ppo.previous" in ended.log
+    assert (stopped / "ppo.previous" / "checkpoints" / "step-000003").is_dir()
 
 
 def test_a_run_directory_that_is_taken(server, recipe, tmp_path):

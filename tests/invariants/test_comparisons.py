@@ -239,7 +239,7 @@ def test_an_ensemble_is_read_back_and_makes_one_score(tmp_path):
     described = outcome.extra["ensemble"]
     assert (described["score"], described["k"]) == ("lower", 0.5)
     assert [member["folder"] for member in described["members"]] == ["adapter", "members/1/adapter"]
-    ensemble = reward.Ensemble(job, Pieces("here", 512, "tokens"))
+    ensemble = reward.Ensemble(job, Pieces("here", 512, "tokens", job.accelerator))
     probe = outcome.extra["probe"][0]
     raw = []
     for member in range(2):

@@ -228,4 +228,4 @@ def test_demonstrations_that_score_alike_are_refused(here):
     reward.save_adapter(reward.new_reward_model(job, "reward")[0], job.folder / "adapter", recipe.base)
     reference = {"card": "card", "rows": [[5, 6, 7]] * 3, "heldout": 0, "counts": {}}
     with pytest.raises(InputError, match="all 3 rows of card have the same score"):
-        reward.Ensemble(job, Pieces("here", 64, "tokens")).normalise_on(reference)
+        reward.Ensemble(job, Pieces("here", 64, "tokens", job.accelerator)).normalise_on(reference)

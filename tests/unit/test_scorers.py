@@ -7,7 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_kit.errors import InputError
-from rlhf_kit.scorers import ClassifierScorer, FunctionScorer, Written, external_scorer
+from rlhf_kit.scorers import (
+    ClassifierScorer,
+    FunctionScorer,
+    Written,
+    call_function,
+    external_scorer,
+    load_function,
+)
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -157,4 +164,9 @@ def test_a_function_that_is_not_there_is_named(name, message):
 def test_a_function_must_return_one_finite_number_a_completion(name, message):
     """Anything else stops the run with the function's name and what it returned."""
     with pytest.raises(InputError, match=message):
-        FunctionScorer(f"tests.unit.test_scorers:{name}", CPU)(written(["a", "b"], ["x", "y"]))
+        call_function(load_function(f"tests.unit.test_scorers:{name}"), name, ["a", "b"], ["x", "y"])
+
+
+def test_a_score_that_is_not_finite_is_for_the_recipe_to_judge():
+    """While PPO runs, NaN is passed on: on_nonfinite says what becomes of it."""
+    assert FunctionScorer("tests.unit.test_scorers:not_finite", CPU)(written(["a"], ["x"])).isnan().all()
