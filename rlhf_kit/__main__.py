@@ -91,6 +91,8 @@ def check_data(
     from rlhf_kit.data_cards import load_card
 
     found_card = load_card(card, data_root)
+    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise InputError(f"--json {json_file}: {'is a folder' if json_file.is_dir() else 'there is no such folder'}.")
     measured = None
     if base is not None:
         from rlhf_kit import preview as previews

@@ -67,6 +67,11 @@ def import_cards(path: Path, names: Iterable[str], out: Path) -> list[Path]:
 
 
 def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
+    kinds = {"columns": dict, "tags": dict, "num_samples": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(entry.get(name, kind()), kind | None)]
+    if wrong:
+        what = {dict: "a mapping", int: "a whole number"}
+        raise InputError([f"{name} must be {what[kinds[name]]}; seen {entry[name]!r}" for name in wrong])
     sharegpt = entry.get("formatting", "alpaca") == "sharegpt"
     columns = entry.get("columns") or (SHAREGPT if sharegpt else ALPACA)
     problems = [f"has {column}, which are not read" for column in UNREAD if columns.get(column)]

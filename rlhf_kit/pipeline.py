@@ -447,8 +447,9 @@ class Pipeline:
     def summarise(self) -> dict[str, Any] | None:
         """Return the summary, measured now unless it is there and of these stages; None while one is not finished."""
         made_from, summary = _on_main(self.accelerator, self._look_for_summary)
-        if summary is not None and self.accelerator.is_main_process:
-            report.write_report(self.folder)  # a run that was killed may have got as far as the summary
+        page = self.folder / artifacts.REPORT
+        if summary is not None and self.accelerator.is_main_process and not page.is_file():
+            report.write_report(self.folder)  # a run that was killed had got as far as the summary
         if made_from is None or summary is not None:
             return summary
         self._raise_if_stopped("the evaluation")
@@ -458,6 +459,7 @@ class Pipeline:
             )
         summary["made_from"] = made_from
         if self.accelerator.is_main_process:
+            page.unlink(missing_ok=True)  # of an earlier summary
             artifacts.write_json(self.folder / artifacts.SUMMARY, summary)
             report.write_report(self.folder)
         return summary

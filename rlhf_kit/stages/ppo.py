@@ -199,8 +199,8 @@ class PPO:
         unit = torch.tensor(scores, dtype=torch.float64)
         if not bool(unit.isfinite().all()):
             raise InputError(
-                f"stages.{self.job.name}.reward: {self.settings.reward} gives completions of the reference policy scores "
-                "that are NaN or infinite, so it has no unit; mend it, or set normalize_score: false."
+                f"stages.{self.job.name}.reward: {self.settings.reward} gives completions of the reference policy "
+                "scores that are NaN or infinite, so it has no unit; mend it, or set normalize_score: false."
             )
         if not float(unit.std(correction=0)) > 0:
             raise InputError(

@@ -164,7 +164,7 @@ def test_without_memory_the_pieces_halve(server, recipe, whole, tmp_path):
 
 
 def test_halved_pieces_go_on_halved(server, recipe, tmp_path):
-    """A checkpoint takes the smaller size along: resumed where there is memory again, the run ends as if there were not."""
+    """A checkpoint takes the smaller size along: resumed with memory again, the run ends as if there were none."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     ended = server.run(recipe, whole, *SHORT, before=SMALLER)
     assert ended.code == 0, ended.log[-3000:]
