@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,24 +255,24 @@ class Training:
         raise Diverged(f"{self.name}: step {self.first + step}: {which} is not finite; {advice}")
 
 
-class Watched(Trainer):
+class Watched(Trainer, ABC):
     """What both trainers do on top of the stock ones: they are handed this process's share of a whole step and divide
     it themselves, in smaller pieces when memory runs out; they show each step to a guard, and report to nobody.
     """
 
     training: Training
 
+    @abstractmethod
     def tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Return how many tokens of these rows have a loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def microbatches(self, rows: Sequence[Mapping[str, Any]], size: int) -> Iterable[Any]:
         """Yield what `part` takes: the rows in pieces of at most `size`, on this process's device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, microbatch: Any, tokens: Tensor) -> Tensor:
         """Return a microbatch's part of a step's loss; `tokens` is how many tokens of the whole step have a loss."""
-        raise NotImplementedError
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
