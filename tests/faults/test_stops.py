@@ -6,15 +6,6 @@ import pytest
 
 from tests.end_to_end import chain
 from tests.faults import campaigns
-from tests.faults.harness import Server
-
-
-@pytest.fixture(scope="module")
-def server():
-    """The server process of this module."""
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,9 @@ from rlhf_kit import artifacts
 from rlhf_kit.models import read_adapter
 from tests.end_to_end import chain
 from tests.faults.campaigns import CHECKPOINTS, STAGES
-from tests.faults.harness import Server, left
+from tests.faults.harness import left
 
 SHORT = (*CHECKPOINTS, "stages.sft.max_steps=4", "stages.reward.max_steps=3", "stages.ppo.updates=3")
-
-
-@pytest.fixture(scope="module")
-def server():
-    """The server process of this module."""
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
