@@ -27,7 +27,7 @@ lint: .venv/.installed-checks  ## style and types
 soak: .venv/.installed-checks  ## an hour of kills, faults and bad input; ARGS="--minutes 5 --seed 2" for others
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
-audit: .venv/.installed-audit  ## known vulnerabilities of the pinned versions; asks a service on the network
+audit: .venv/.installed-checks  ## known vulnerabilities of the pinned versions; asks a service on the network
 	.ci/audit '$(TORCH)'
 
 clean:  ## remove .venv and the checkers' caches; runs/ stays
@@ -50,8 +50,4 @@ clean:  ## remove .venv and the checkers' caches; runs/ stays
 
 .venv/.installed-checks: .venv/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[test,lint]'
-	@touch $@
-
-.venv/.installed-audit: .venv/.installed
-	$(PIP) install --constraint constraints.txt --editable '.[audit]'
 	@touch $@

@@ -397,9 +397,8 @@ class SharedBase:
         config = LoraConfig.from_pretrained(str(folder))
         config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
         config.lora_dropout = 0.0
-        config.base_model_name_or_path = (
-            self.causal.name_or_path
-        )  # PEFT warns of another name; `_copy_lora` looks closer
+        # PEFT warns of another name; `_copy_lora` looks closer.
+        config.base_model_name_or_path = self.causal.name_or_path
         if self.peft is None:
             self.peft = get_peft_model(self.causal, config, adapter_name=role)
         else:

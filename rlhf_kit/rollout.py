@@ -35,6 +35,11 @@ def of_like_length(mask: Tensor, rows: Sequence[int], size: int) -> list[list[in
     return list(microbatches(sorted(rows, key=lambda row: lengths[row]), size))
 
 
+def logit_chunk(vocabulary: int) -> int:
+    """Return the tokens whose float32 logits are held at a time."""
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
+
+
 def completion_states(shared: SharedBase, role: str, rollout: Rollout) -> Tensor:
     """Return the hidden states [B, C, H] from which a role predicts each completion token."""
     prompt_length = rollout.prompt_ids.shape[1]
@@ -48,7 +53,7 @@ def completion_logprobs(shared: SharedBase, states: Tensor, rollout: Rollout, te
     """
     mask = rollout.completion_mask
     vocabulary = shared.causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
+    chunk = logit_chunk(vocabulary)
     logprobs = token_logprobs(states[mask], shared.logits, rollout.completion_ids[mask], temperature, chunk)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf_kit import checkpoints, distributed
+from rlhf_kit import artifacts, checkpoints, distributed
 from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.generation import derived_seed, seed_generators
 from rlhf_kit.maths.schedules import learning_rate_factor
@@ -110,7 +110,7 @@ class Training:
         self.taken = True
         """Whether the step at work is one that is."""
         self._values = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._found = checkpoints.latest(folder / "checkpoints", say)
+        self._found = checkpoints.latest(folder / artifacts.CHECKPOINTS, say)
         self.first = self._found.step if self._found else 0
         log.truncate_after(self.first if self._found else -1)
 
@@ -131,7 +131,7 @@ class Training:
         """Return the trainer's configuration for this training; what it would decide for itself is decided here."""
         device = self.accelerator.device
         arguments = kind(
-            output_dir=str(self.folder / "checkpoints"),
+            output_dir=str(self.folder / artifacts.CHECKPOINTS),
             save_strategy="no",
             max_steps=self.steps - self.first,
             per_device_train_batch_size=self.share,
@@ -211,7 +211,7 @@ class Training:
             carried = {name: finite(value) for name, value in self.carried.items()}
             state = {"carried": carried, "skipped": self.skipped, "pieces": self.pieces.size}
             checkpoints.save(
-                self.folder / "checkpoints",
+                self.folder / artifacts.CHECKPOINTS,
                 checkpoints.Checkpoint(done, checkpoints.tensors_of(self.parameters, self.optimizer), state),
                 keep_all=self.settings.keep_checkpoints,
                 logs=[self.log.path],
@@ -233,8 +233,8 @@ class Training:
         """
         # NaN and inf survive a sum; looking at each element of each gradient would cost more
         sums = torch.stack([p.grad.sum() for p in self.parameters.values() if p.grad is not None])
-        finite = bool(torch.isfinite(sums).all()) and bool(torch.isfinite(loss))
-        self.taken = not distributed.agree(not finite, self.accelerator)
+        sound = bool(torch.isfinite(sums).all()) and bool(torch.isfinite(loss))
+        self.taken = not distributed.agree(not sound, self.accelerator)
         if self.taken:
             return True
         settings = self.settings

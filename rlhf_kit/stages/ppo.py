@@ -275,7 +275,7 @@ class PPO:
 
     def resume(self) -> int:
         """Return the update to go on with: 0, or where the newest whole checkpoint left off."""
-        found = checkpoints.latest(self.job.folder / "checkpoints", say)
+        found = checkpoints.latest(self.job.folder / artifacts.CHECKPOINTS, say)
         if self.accelerator.is_main_process:
             artifacts.truncate_jsonl(self.samples, found.step if found else 0)
         if found is None:
@@ -286,9 +286,8 @@ class PPO:
         self.kl_control.load(found.state["kl_control"])
         self.mean, self.std = found.state["score_unit"]
         self.metrics, self.tokens, self.skipped = (found.state[name] for name in ("metrics", "tokens", "skipped"))
-        self.pieces.size, self.at_once.size = (
-            min(*sizes) for sizes in zip(found.state["pieces"], (self.pieces.size, self.at_once.size), strict=True)
-        )
+        self.pieces.size = min(self.pieces.size, found.state["pieces"])
+        self.at_once.size = min(self.at_once.size, found.state["at_once"])
         say(f"{self.job.name}: going on after update {found.step}")
         self.saved_step = found.step
         return found.step
@@ -324,7 +323,8 @@ class PPO:
                 "metrics": {name: finite(value) for name, value in self.metrics.items()},
                 "tokens": self.tokens,
                 "skipped": self.skipped,
-                "pieces": [self.pieces.size, self.at_once.size],
+                "pieces": self.pieces.size,
+                "at_once": self.at_once.size,
             }
             checkpoints.save(
                 self.job.folder / artifacts.CHECKPOINTS,

@@ -32,7 +32,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from rlhf_kit import distributed, token_cache
+from rlhf_kit import artifacts, distributed, token_cache
 from rlhf_kit.batches import Comparisons
 from rlhf_kit.collate import (
     Tokenised,
@@ -66,7 +66,7 @@ from rlhf_kit.models import (
 )
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage, SFTStage
-from rlhf_kit.rollout import LOGIT_BYTES
+from rlhf_kit.rollout import logit_chunk
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.training import Training, Watched, evaluating, optimizer_steps, without_dropout
 
@@ -180,7 +180,7 @@ def train_member(
         name=name,
         seed=job.recipe.seed,
         # all of a stage's checkpoints lie in one folder, which is not part of its result
-        folder=job.folder / "checkpoints" / folder.relative_to(job.folder) if member else job.folder,
+        folder=job.folder / artifacts.CHECKPOINTS / folder.relative_to(job.folder) if member else job.folder,
         accelerator=accelerator,
         stop=lambda: job.stop.requested,
         log=metric_log(job, folder),
@@ -268,7 +268,7 @@ class Trainer(Watched):
             scored.append(scores)
             if self.head is not None and learnt.any():
                 following = learnt[:, 1:]
-                chunk = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+                chunk = logit_chunk(self.model.config.get_text_config().vocab_size)
                 logprobs.append(token_logprobs(states[:, :-1][following], self.head, ids[:, 1:][following], 1.0, chunk))
         scores = torch.cat(scored)
         chosen, rejected = scores[microbatch.chosen], scores[microbatch.rejected]

@@ -53,60 +53,58 @@ static int disturbed(const char *operation, const char *path) {
 
 static void die(void) { kill(getpid(), state->signal); }
 
-static int absolute(const char *path, char *out) {
-    if (path[0] == '/') return snprintf(out, 4096, "%s", path) < 4096;
-    char here[2048];
-    return getcwd(here, sizeof here) && snprintf(out, 4096, "%s/%s", here, path) < 4096;
+static int disturbed_file(const char *operation, int file) {
+    if (!state->below[0]) return 0;
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length <= 0) return 0;
+    path[length] = 0;
+    return disturbed(operation, path);
+}
+
+static int disturbed_name(const char *operation, const char *name) {
+    char here[2048], path[4096];
+    if (name[0] == '/') return disturbed(operation, name);
+    if (!getcwd(here, sizeof here) || snprintf(path, sizeof path, "%s/%s", here, name) >= (int)sizeof path) return 0;
+    return disturbed(operation, path);
 }
 
 #define REAL(name) static __typeof__(name) *real; if (!real) real = dlsym(RTLD_NEXT, #name)
 
 ssize_t write(int file, const void *bytes, size_t size) {
     REAL(write);
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t length = state->below[0] ? readlink(link, path, sizeof path - 1) : -1;
-    if (length > 0) {
-        path[length] = 0;
-        switch (disturbed("write", path)) {
-        case 1: return -1;
-        case 2: real(file, bytes, size / 2); die(); return real(file, (const char *)bytes + size / 2, size - size / 2) + size / 2;
-        }
+    size_t half = size / 2;
+    switch (disturbed_file("write", file)) {
+    case 1: return -1;
+    case 2: real(file, bytes, half); die(); return half + real(file, (const char *)bytes + half, size - half);
     }
     return real(file, bytes, size);
 }
 
 int fsync(int file) {
     REAL(fsync);
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t length = state->below[0] ? readlink(link, path, sizeof path - 1) : -1;
-    if (length > 0) {
-        path[length] = 0;
-        switch (disturbed("fsync", path)) {
-        case 1: return -1;
-        case 2: die();
-        }
+    switch (disturbed_file("fsync", file)) {
+    case 1: return -1;
+    case 2: die();
     }
     return real(file);
 }
 
 int rename(const char *from, const char *to) {
     REAL(rename);
-    char path[4096];
-    if (absolute(to, path)) switch (disturbed("rename", path)) {
-        case 1: return -1;
-        case 2: die();
+    switch (disturbed_name("rename", to)) {
+    case 1: return -1;
+    case 2: die();
     }
     return real(from, to);
 }
 
 int mkdir(const char *name, mode_t mode) {
     REAL(mkdir);
-    char path[4096];
-    if (absolute(name, path)) switch (disturbed("mkdir", path)) {
-        case 1: return -1;
-        case 2: die();
+    switch (disturbed_name("mkdir", name)) {
+    case 1: return -1;
+    case 2: die();
     }
     return real(name, mode);
 }
