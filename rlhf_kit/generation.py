@@ -73,7 +73,7 @@ def generate(
                 input_ids=step_ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
             )
             cache = output.past_key_values
-            logits = shared.logits(output.last_hidden_state[:, -1])
+            logits = shared.output_head(output.last_hidden_state[:, -1])
             tokens = sample_inverse_cdf(logits, uniform[running, step], temperature)
             ids[running, step] = tokens
             lengths[running] = step + 1

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf_kit import artifacts, recipe
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError, first_line
+from rlhf_kit.maths.logprobs import OutputHead
 from rlhf_kit.model_folders import check_adapter, opened
 from rlhf_kit.settings import without_local_paths
 
@@ -376,7 +377,8 @@ class SharedBase:
         self._trainable: dict[str, dict[str, nn.Parameter]] = {}
         self._active = BASE
         self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
-        self._output_head = output_head(causal)
+        self.output_head = output_head(causal)
+        """The base's own, which no role changes."""
 
     @property
     def device(self) -> torch.device:
@@ -475,10 +477,6 @@ class SharedBase:
         """Return the keyword for position ids [B, T] that skip padding, or nothing where the trunk takes none."""
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., V] of hidden states [..., H]: the base's own output head, which no role changes."""
-        return self._output_head(hidden)
-
 
 def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
     """The forward pass of a linear layer with the active role's adapter: W x + scaling B A x.
@@ -496,37 +494,31 @@ def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
     return total.to(result.dtype).unflatten(0, x.shape[:-1])
 
 
-def output_head(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def output_head(causal: PreTrainedModel) -> OutputHead:
     """Return what makes logits [..., V] of a causal model's last hidden states [..., H].
 
     Raises:
-        InputError: they are more than its output head and a known adjustment.
+        InputError: they are more than a plain linear output head and a known adjustment.
     """
-    adjust = _logit_adjustment(causal)
-
-    def head(hidden: Tensor) -> Tensor:
-        return adjust(causal.get_output_embeddings()(hidden))
-
     ids = torch.arange(8, device=causal.device).unsqueeze(0) % causal.config.get_text_config().vocab_size
-    with torch.no_grad():
-        whole = causal(input_ids=ids, use_cache=False).logits
-        trunk = getattr(causal, causal.base_model_prefix)
-        ours = head(trunk(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
-        raise InputError(
-            f"base.model: {type(causal).__name__} changes its logits after the output head in a way this version does "
-            "not know, so it would train on other probabilities than the model's; use another base."
-        )
-    return head
+    layer = causal.get_output_embeddings()
+    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+        head = _plain_head(causal, layer)
+        with torch.no_grad():
+            whole = causal(input_ids=ids, use_cache=False).logits[0]
+            trunk = getattr(causal, causal.base_model_prefix)
+            ours = head(trunk(input_ids=ids, use_cache=False).last_hidden_state[0])
+        if torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
+            return head
+    raise InputError(
+        f"base.model: {type(causal).__name__} makes its logits in a way this version does not know, so it would train "
+        "on other probabilities than the model's; use another base."
+    )
 
 
-def _logit_adjustment(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Return what the architecture does to the output head's result: Gemma caps, Cohere and Granite scale."""
+def _plain_head(causal: PreTrainedModel, layer: nn.Linear) -> OutputHead:
+    """Return the output head with what the architecture does to its result: Gemma caps, Cohere and Granite scale."""
     config = causal.config.get_text_config()
-    if cap := getattr(config, "final_logit_softcapping", None):
-        return lambda logits: torch.tanh(logits / cap) * cap
-    if scale := getattr(config, "logit_scale", None):
-        return lambda logits: logits * scale
-    if divisor := getattr(config, "logits_scaling", None):
-        return lambda logits: logits / divisor
-    return lambda logits: logits
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return OutputHead(layer.weight.detach(), layer.bias, scale, cap)

@@ -16,8 +16,9 @@ from rlhf_kit.batches import Completions, PromptBatch, Rollout
 from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
 
-LOGIT_BYTES = 48 * 2**20
-"""Upper bound of the float32 logits that are held at a time; sets the chunk length."""
+LOGITS = {"cpu": 3 * 2**19}
+"""How many float32 logits are held at a time: 6 MiB, which caches hold, on a CPU, and `MOST_LOGITS` elsewhere."""
+MOST_LOGITS = 2**25
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
 """(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""
@@ -35,9 +36,9 @@ def of_like_length(mask: Tensor, rows: Sequence[int], size: int) -> list[list[in
     return list(microbatches(sorted(rows, key=lambda row: lengths[row]), size))
 
 
-def logit_chunk(vocabulary: int) -> int:
-    """Return the tokens whose float32 logits are held at a time."""
-    return max(1, LOGIT_BYTES // (4 * vocabulary))
+def logits_held(device: torch.device) -> int:
+    """Return how many logits are held at a time."""
+    return LOGITS.get(device.type, MOST_LOGITS)
 
 
 def completion_states(shared: SharedBase, role: str, rollout: Rollout) -> Tensor:
@@ -49,12 +50,11 @@ def completion_states(shared: SharedBase, role: str, rollout: Rollout) -> Tensor
 def completion_logprobs(shared: SharedBase, states: Tensor, rollout: Rollout, temperature: float) -> Tensor:
     """Return the log-probabilities [B, C], float32 nats, of a rollout's tokens given their states [B, C, H].
 
-    Logits are made for real tokens only, and never for more than `LOGIT_BYTES` at once, with or without gradients.
+    Logits are made for real tokens only, and never more than `logits_held` at once, with or without gradients.
     """
     mask = rollout.completion_mask
-    vocabulary = shared.causal.get_output_embeddings().weight.shape[0]
-    chunk = logit_chunk(vocabulary)
-    logprobs = token_logprobs(states[mask], shared.logits, rollout.completion_ids[mask], temperature, chunk)
+    entries = logits_held(mask.device)
+    logprobs = token_logprobs(states[mask], shared.output_head, rollout.completion_ids[mask], temperature, entries)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 

@@ -1,14 +1,15 @@
-"""Log-probabilities of tokens, in chunks that bound memory, and sampling. Always float32, in nats."""
+"""Log-probabilities of tokens, in blocks that bound memory, and sampling. Always float32, in nats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Head = Callable[[Tensor], Tensor]  # hidden states [n, H] -> logits [n, V]
+CHUNK = 2048
+"""Tokens whose log-probabilities are made together."""
 SPAN = 256
 """Vocabulary entries that sampling adds up before it looks at them one by one; near the root of usual vocabularies."""
 
@@ -24,22 +25,55 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
-def token_logprobs(hidden: Tensor, head: Head, ids: Tensor, temperature: float, chunk: int) -> Tensor:
+@dataclass(frozen=True)
+class OutputHead:
+    """What makes logits of hidden states h: `scale (W h + b)`, bent to `cap tanh(logit / cap)` where there is a cap."""
+
+    weight: Tensor
+    """W [V, H], floating point, frozen."""
+    bias: Tensor | None = None
+    """b [V]."""
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [B, V] of a few hidden states [B, H]."""
+        # A CPU's matmul of few rows is up to twice as fast the other way round.
+        return self._adjusted((self.weight @ hidden.t()).t().contiguous(), self.bias)
+
+    def block(self, hidden: Tensor, entries: slice) -> Tensor:
+        """Logits [n, v] of some entries of the vocabulary, of hidden states [n, H]."""
+        return self._adjusted(hidden @ self.weight[entries].t(), None if self.bias is None else self.bias[entries])
+
+    def _adjusted(self, product: Tensor, bias: Tensor | None) -> Tensor:
+        logits = product if bias is None else product.add_(bias)
+        logits = logits if self.scale == 1 else logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slopes(self, logits: Tensor) -> Tensor | float:
+        """d logit / d (W h + b) at each of `logits`."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap).square())
+
+
+def token_logprobs(hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, entries: int) -> Tensor:
     """Log-probability of each of `ids` [N] under softmax(head(hidden [N, H]) / temperature), float32 [N].
 
-    Logits exist for `chunk` tokens at a time only. Gradients reach `hidden` and stop at the head, which is frozen: a
-    row's logits depend on its own hidden state alone, so its gradient, as small as the hidden state, is made with the
-    logits that the forward pass has anyway, and the backward pass only scales it.
+    Logits exist for `entries` pairs of a token and a vocabulary entry at a time only: the vocabulary is gone through in
+    blocks, small enough to stay in a CPU's cache. Gradients reach `hidden` and stop at the head, which is frozen; they
+    are made along the way, as small as the hidden states, and the backward pass only scales them.
+
+    Source: Milakov and Gimelshein 2018 (arXiv 1805.02867), algorithm 3, for the sum that is rescaled as its largest
+    term becomes known; what is summed here are also the gradients.
     """
-    return _TokenLogprobs.apply(hidden, head, ids, temperature, chunk)
+    return _TokenLogprobs.apply(hidden, head, ids, temperature, entries)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, ids: Tensor, temperature: float, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, entries: int) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        chunks = zip(hidden.split(chunk), ids.split(chunk), strict=True)
-        logprobs, slopes = zip(*(_logprobs_and_slopes(h, head, i, temperature, wanted) for h, i in chunks), strict=True)
+        chunks = zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
+        logprobs, slopes = zip(*(_online(h, head, i, temperature, entries, wanted) for h, i in chunks), strict=True)
         ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logprobs)
 
@@ -49,23 +83,44 @@ class _TokenLogprobs(torch.autograd.Function):
         return (upstream[0].unsqueeze(-1) * slopes).to(slopes.dtype), None, None, None, None
 
 
-def _logprobs_and_slopes(
-    hidden: Tensor, head: Head, ids: Tensor, temperature: float, wanted: bool
+def _online(
+    hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, entries: int, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n] and their gradients by the hidden states: [n, H], or nothing if not wanted."""
-    with torch.set_grad_enabled(wanted):
-        states = hidden.detach().requires_grad_(wanted)
-        logits = head(states)
-    token = ids.unsqueeze(-1)
-    log_p = tempered(logits.detach(), temperature).log_softmax(-1)
-    logprobs = log_p.gather(-1, token).squeeze(-1)
+    """Log-probabilities [n] and their gradients by the hidden states: [n, H], or nothing if not wanted.
+
+    d log p(token) / d h = (slope(token) W[token] - sum over v of p(v) slope(v) W[v]) / temperature
+    """
+    hidden, token = hidden.detach(), ids.unsqueeze(-1)
+    vocabulary, width = len(head.weight), max(1, entries // max(1, len(ids)))
+    largest = torch.full((len(ids), 1), torch.finfo(torch.float32).min, device=ids.device)
+    total, own = torch.zeros_like(largest), torch.zeros_like(largest)
+    mean = torch.zeros_like(hidden, dtype=torch.float32)  # of slope W under softmax, times `total`
+    for start in range(0, vocabulary, width):
+        block = slice(start, min(start + width, vocabulary))
+        logits = head.block(hidden, block)
+        slopes = head.slopes(logits) if wanted else 1.0
+        logits = tempered(logits, temperature)
+        inside = (token >= block.start) & (token < block.stop)
+        own = torch.where(inside, logits.gather(-1, (token - start).clamp(0, logits.shape[-1] - 1)), own)
+        before, largest = largest, largest.maximum(logits.amax(-1, keepdim=True))
+        shrink = (before - largest).exp_()
+        weights = logits.sub_(largest).exp_()
+        total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        if wanted:
+            weights = weights if isinstance(slopes, float) and slopes == 1 else weights * slopes
+            mean = _plus_product(mean.mul_(shrink), weights, head.weight[block])
+    logprobs = (own - largest - total.log()).squeeze(-1)
     if not wanted:
         return logprobs, hidden[:0]
-    # d log p(token) / d logits = (1 at the token - p) / temperature
-    slope = log_p.exp_().neg_().scatter_add_(-1, token, torch.ones_like(token, dtype=log_p.dtype))
-    if temperature != 1:
-        slope /= temperature
-    return logprobs, torch.autograd.grad(logits, states, slope.to(logits.dtype))[0]
+    ours = head.weight[ids] * head.slopes(own * temperature)
+    return logprobs, ((ours - mean / total) / temperature).to(hidden.dtype)
+
+
+def _plus_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right`, in place; `total` is float32, the product is made in the precision of `right`."""
+    if right.dtype == total.dtype:
+        return total.addmm_(left, right)
+    return total.add_(left.to(right.dtype) @ right)
 
 
 def sample_inverse_cdf(logits: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:

@@ -50,7 +50,7 @@ from rlhf_kit.examples import Demonstration, Preference, Ranking
 from rlhf_kit.generation import derived_seed
 from rlhf_kit.maths import preference
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
-from rlhf_kit.maths.logprobs import Head, token_logprobs
+from rlhf_kit.maths.logprobs import OutputHead, token_logprobs
 from rlhf_kit.maths.statistics import clustered_wilson_interval
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import (
@@ -66,7 +66,7 @@ from rlhf_kit.models import (
 )
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage, SFTStage
-from rlhf_kit.rollout import logit_chunk
+from rlhf_kit.rollout import logits_held
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.training import Training, Watched, evaluating, optimizer_steps, without_dropout
 
@@ -202,7 +202,7 @@ def train_member(
     return scores, training.tokens(tokens_of_group)
 
 
-def new_reward_model(job: Job, name: str) -> tuple[PeftModel, Head | None]:
+def new_reward_model(job: Job, name: str) -> tuple[PeftModel, OutputHead | None]:
     """Return the recipe's base as a classifier with a new adapter and head, or a copy of the `init` stage's adapter.
 
     The second is the base's output head, where a language modelling loss needs it. name: what seeds the new weights.
@@ -244,7 +244,7 @@ class Trainer(Watched):
 
     settings: RewardStage
     pad_id: int
-    head: Head | None
+    head: OutputHead | None
     """The base's output head, if a language modelling loss is asked for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -268,8 +268,8 @@ class Trainer(Watched):
             scored.append(scores)
             if self.head is not None and learnt.any():
                 following = learnt[:, 1:]
-                chunk = logit_chunk(self.model.config.get_text_config().vocab_size)
-                logprobs.append(token_logprobs(states[:, :-1][following], self.head, ids[:, 1:][following], 1.0, chunk))
+                hidden, next_ids, held = states[:, :-1][following], ids[:, 1:][following], logits_held(ids.device)
+                logprobs.append(token_logprobs(hidden, self.head, next_ids, 1.0, held))
         scores = torch.cat(scored)
         chosen, rejected = scores[microbatch.chosen], scores[microbatch.rejected]
         probability = preference.smoothed(microbatch.probability, settings.label_smoothing)

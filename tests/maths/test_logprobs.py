@@ -1,23 +1,25 @@
-"""Log-probabilities of tokens, whole and in chunks, and sampling."""
+"""Log-probabilities of tokens, whole and in blocks of the vocabulary, and sampling."""
 
-import gc
 import math
-import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kit.maths.logprobs import sample_inverse_cdf, token_logprobs
+from rlhf_kit.maths import logprobs
+from rlhf_kit.maths.logprobs import OutputHead, sample_inverse_cdf, token_logprobs
 from tests.maths import oracle
 
 logit_rows = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=5, max_size=5), min_size=1, max_size=4)
 
 
 def of_logits(logits, ids, temperature=1.0):
-    """Log-probabilities where the hidden states are the logits."""
-    return token_logprobs(logits, lambda x: x, ids, temperature, chunk=2)
+    """Log-probabilities where the bias makes the logits, the same for all tokens; three entries at a time."""
+    assert bool((logits == logits[0]).all())
+    head = OutputHead(torch.zeros(logits.shape[-1], 4, dtype=logits.dtype), logits[0])
+    hidden = torch.ones(len(ids), 4, dtype=logits.dtype)
+    return token_logprobs(hidden, head, ids, temperature, entries=3 * len(ids))
 
 
 def test_logprobs_by_hand():
@@ -31,11 +33,10 @@ def test_logprobs_by_hand():
 @given(logit_rows, st.floats(0.25, 4))
 def test_logprobs_agree_with_their_definition(rows, temperature):
     """Every token of every row, at any temperature."""
-    logits = torch.tensor(rows)
-    for token in range(5):
-        ids = torch.full((len(rows),), token)
-        expected = [oracle.log_softmax(row, temperature)[token] for row in rows]
-        assert of_logits(logits, ids, temperature).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for row in rows:
+        expected = oracle.log_softmax(row, temperature)
+        found = of_logits(torch.tensor(row).expand(5, 5), torch.arange(5), temperature)
+        assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
@@ -52,16 +53,31 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
         of_logits(torch.zeros(2, 3), torch.tensor([0, 1]), temperature)
 
 
+HEADS = {
+    "plain": {},
+    "bias": {"bias": torch.linspace(-2, 2, 20)},
+    "scaled": {"scale": 0.25},
+    "capped": {"cap": 3.0},
+    "all": {"bias": torch.linspace(-2, 2, 20), "scale": 0.5, "cap": 3.0},
+}
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [1, 3, 10, 100])
-def test_chunks_change_neither_values_nor_gradients(chunk, temperature):
-    """Values and gradients are those of a plain log-softmax, also through a head that bends its logits."""
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("entries", [1, 30, 70, 1000])
+def test_blocks_change_neither_values_nor_gradients(monkeypatch, entries, kind, temperature):
+    """Values and gradients are those of a plain log-softmax, for heads that add, scale, bend; 4 tokens at a time."""
+    monkeypatch.setattr(logprobs, "CHUNK", 4)
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8), torch.randn(20, 8)
     ids, upstream = torch.randint(20, (10,)), torch.randn(10)
+    head = OutputHead(weight, **HEADS[kind])
 
-    def head(x):
-        return 3 * torch.tanh(x @ weight.T)
+    def by_definition(h):
+        logits = (h @ weight.T + (0 if head.bias is None else head.bias)) * head.scale
+        if head.cap is not None:
+            logits = head.cap * torch.tanh(logits / head.cap)
+        return (logits / temperature).log_softmax(-1)[range(10), ids]
 
     def results(function):
         h = hidden.clone().requires_grad_()
@@ -69,49 +85,59 @@ def test_chunks_change_neither_values_nor_gradients(chunk, temperature):
         (out * upstream).sum().backward()
         return [out, h.grad]
 
-    plain = results(lambda h: (head(h) / temperature).log_softmax(-1)[range(10), ids])
-    torch.testing.assert_close(results(lambda h: token_logprobs(h, head, ids, temperature, chunk)), plain)
+    found = results(lambda h: token_logprobs(h, head, ids, temperature, entries))
+    torch.testing.assert_close(found, results(by_definition))
+    torch.testing.assert_close(head(hidden), head.block(hidden, slice(0, 20)))
 
 
 def test_with_and_without_gradients_the_values_are_the_same():
     """Bit for bit: the first ratio of a PPO update is 1."""
     torch.manual_seed(0)
-    hidden, weight, ids = torch.randn(10, 8), torch.randn(300, 8), torch.randint(300, (10,))
-    learning = token_logprobs(hidden.requires_grad_(), lambda x: x @ weight.T, ids, 0.9, 4)
+    hidden, head, ids = torch.randn(10, 8), OutputHead(torch.randn(300, 8)), torch.randint(300, (10,))
+    learning = token_logprobs(hidden.requires_grad_(), head, ids, 0.9, 400)
     assert learning.requires_grad
     with torch.no_grad():
-        assert torch.equal(token_logprobs(hidden, lambda x: x @ weight.T, ids, 0.9, 4), learning)
+        assert torch.equal(token_logprobs(hidden, head, ids, 0.9, 400), learning)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_lower_precision_stay_close(dtype):
+    """The sum over the vocabulary is kept in float32; its products have the precision of the weights."""
+    torch.manual_seed(0)
+    weight, hidden, ids = torch.randn(2000, 16) / 4, torch.randn(6, 16), torch.randint(2000, (6,))
+    exact = hidden.clone().requires_grad_()
+    (exact @ weight.T).log_softmax(-1)[range(6), ids].sum().backward()
+    found = hidden.to(dtype).requires_grad_()
+    token_logprobs(found, OutputHead(weight.to(dtype)), ids, 1.0, 600).sum().backward()
+    assert found.grad.dtype == dtype
+    torch.testing.assert_close(found.grad.float(), exact.grad, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_impossible_and_huge_logits():
+    """Blocks in which nothing is possible count for nothing; one huge logit leaves the others their true distance."""
+    bias = torch.tensor([-math.inf, -math.inf, 0.0, 0.0, -math.inf, 1000.0])
+    head, ids = OutputHead(torch.zeros(6, 2), bias), torch.tensor([2, 5, 0])
+    found = token_logprobs(torch.zeros(3, 2), head, ids, 1.0, entries=6)  # two entries a block
+    assert found.tolist() == [-1000.0, 0.0, -math.inf]
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_no_more_logits_than_a_chunk_are_alive(grad):
-    """Logits of earlier chunks are freed before those of the next are made, and none are made anew for gradients."""
-    alive, most, calls = weakref.WeakSet(), 0, 0
-    weight = torch.randn(50, 8)
-
-    def head(x):
-        nonlocal most, calls
-        gc.collect()
-        calls += 1
-        logits = x @ weight.T
-        storage = logits.untyped_storage()
-        alive.add(storage)
-        most = max(most, len(alive))
-        logits.keeper = storage  # lives as long as the logits do
-        return logits
-
+def test_no_more_logits_than_asked_for_are_alive(monkeypatch, grad):
+    """Of 12 tokens with 50 entries, 60 logits at a time, made once also for gradients."""
+    made = []
+    block = OutputHead.block
+    monkeypatch.setattr(OutputHead, "block", lambda *a: made.append(block(*a)) or made[-1])
     hidden = torch.randn(12, 8, requires_grad=grad)
-    logprobs = token_logprobs(hidden, head, torch.zeros(12, dtype=torch.long), 1.0, 3)
+    logprob = token_logprobs(hidden, OutputHead(torch.randn(50, 8)), torch.zeros(12, dtype=torch.long), 1.0, 60)
     if grad:
-        logprobs.sum().backward()
-    assert calls == 4
-    assert most == 1
+        logprob.sum().backward()
+    assert [logits.shape for logits in made] == 10 * [(12, 5)]
 
 
 def test_no_tokens_have_no_logprobs():
     """A process whose share is empty gets an empty tensor, still joined to the graph."""
     hidden = torch.zeros(0, 8, requires_grad=True)
-    out = token_logprobs(hidden, lambda x: x @ torch.zeros(8, 5), torch.zeros(0, dtype=torch.long), 1.0, 4)
+    out = token_logprobs(hidden, OutputHead(torch.zeros(5, 8)), torch.zeros(0, dtype=torch.long), 1.0, 4)
     assert out.shape == (0,)
     out.sum().backward()
 
