@@ -182,7 +182,7 @@ def prepare(folder: Path, shape: Shape, architecture: str, workload: str) -> Non
                 "kl_coef": 0.05,
                 "updates": shape.steps,
                 "batch_size": shape.batch,
-                "microbatch": shape.batch // 2,
+                "microbatch": shape.batch,  # as trl, where rows that learn together pass together
                 "minibatches": 1,
                 "epochs": shape.epochs,
                 "max_new_tokens": shape.completion,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kit.batches import Completions, PromptBatch, Rollout
+from rlhf_kit.collate import forward_passes
 from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
 
@@ -30,10 +31,14 @@ def microbatches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(rows[start : start + size])
 
 
-def of_like_length(mask: Tensor, rows: Sequence[int], size: int) -> list[list[int]]:
-    """Return `rows` of a mask [B, C] in pieces of at most `size`, shortest first: little of a piece is padding."""
+def of_like_length(mask: Tensor, rows: Sequence[int], size: int, beside: int = 0) -> list[list[int]]:
+    """Return `rows` of a mask [B, C] in the pieces that take the least time: rows of like length share one.
+
+    beside: tokens of each row that the mask does not show. A piece has no more tokens than `size` rows of full length.
+    """
     lengths = mask.sum(1).tolist()
-    return list(microbatches(sorted(rows, key=lambda row: lengths[row]), size))
+    pieces = forward_passes([lengths[row] + beside for row in rows], size * (mask.shape[1] + beside))
+    return [[rows[number] for number in piece] for piece in pieces]
 
 
 def logits_held(device: torch.device) -> int:
@@ -96,7 +101,8 @@ def scored_by_models(
     passes: wraps the loop over microbatches, for a progress bar.
     """
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
-    for rows in passes(of_like_length(rollout.completion_mask, range(len(rollout.scores)), microbatch)):
+    every = range(len(rollout.scores))
+    for rows in passes(of_like_length(rollout.completion_mask, every, microbatch, rollout.prompt_ids.shape[1])):
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
         states = completion_states(shared, policy, piece)
         fill(result["policy_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))

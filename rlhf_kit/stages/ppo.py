@@ -512,7 +512,7 @@ class PPO:
             self.optimizer.zero_grad(set_to_none=True)  # what pieces that ran out of memory left
             policy_sums, value_sums = (torch.zeros(n, dtype=torch.float64, device=self.shared.device) for n in (3, 2))
             largest = 0.0
-            for piece in of_like_length(rollout.completion_mask, rows, size):
+            for piece in of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1]):
                 index = torch.tensor(piece, device=self.shared.device)
                 policy_figures, value_figures, ratio_error = self._learn_from(
                     rollout.rows(index), index, targets, tokens, with_value
