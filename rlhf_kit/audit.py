@@ -1,6 +1,6 @@
 """What a person should know of a card's data before training on it: `rlhf-kit data check`.
 
-Rows flow through once. Of each 39 bytes are kept in a temporary file, hashes and where it stood, from which repetitions
+Rows flow through once. Of each 43 bytes are kept in a temporary file, hashes and where it stood, from which repetitions
 are told at the end; everything else is counted on the way. So memory does not grow with the data, except for rankings
 whose completions have a row each. Plain cards over JSON lines, whose columns are texts, are read in blocks of columns;
 all others row by row, several times slower.
@@ -61,10 +61,12 @@ SAMPLED = 64
 """One row in so many is tokenised to say how long rows are; every one that may be too long is."""
 
 ROW = np.dtype([
-    ("row", "u8"), ("prompt", "u8"), ("near0", "u8"), ("near1", "u8"), ("line", "u4"), ("file", "u2"), ("side", "u1"),
+    ("row", "u8"), ("prompt", "u8"), ("near0", "u8"), ("near1", "u8"),
+    ("line", "u4"), ("element", "u4"), ("file", "u2"), ("side", "u1"),
 ])  # fmt: skip
-PAIR = np.dtype([("pair", "u8"), ("row", "u4"), ("vote", "u1"), ("named", "?")])
-"""A judgement on two completions: vote 0 and 1 are for either of them whichever way they were shown, 2 is a tie."""
+PAIR = np.dtype([("pair", "u8"), ("row", "u4"), ("vote", "u1"), ("longer", "u1"), ("who", "u4")])
+"""A judgement on two completions: vote 0 and 1 are for either of them whichever way they were shown, 2 is a tie; which
+of them is the longer one, likewise; and who judged, 0 where nobody is named."""
 
 MARKERS = re.compile(
     r"<\|[A-Za-z_0-9 ]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|<\|?(eos|bos|pad|unk)\|?>"
@@ -113,7 +115,7 @@ def audit(card: DataCard, measured: Measured | None = None) -> Audit:
     """Return what there is to say about a card's data.
 
     Raises:
-        InputError: a file cannot be read to its end, a column is not there, or no row is left.
+        InputError: a file cannot be read to its end, or a column is not there.
     """
     keep_freed_memory()
     sources = [card.sources] if isinstance(card.heldout, float) else [card.sources, card.heldout]
@@ -140,6 +142,8 @@ class _Batch:
     file: np.ndarray
     """Of each row its place in `files`."""
     line: np.ndarray
+    element: np.ndarray
+    """Which element of that line it is, where several rows stand on one; else 0."""
     keys: list[str]
     """The prompts, such that different ones differ."""
     prompts: list[str]
@@ -180,10 +184,12 @@ def _batch(rows: Sequence[Row]) -> _Batch:
     places = [row.where.rpartition(":") for row in rows]
     files = list(dict.fromkeys(file for file, _, _ in places))
     file = np.array([files.index(name) for name, _, _ in places])
-    line = np.array([int(number) for _, _, number in places])
+    numbers = [number.partition("#") for _, _, number in places]
+    line = np.array([int(number) for number, _, _ in numbers])
+    element = np.array([int(number or 0) for _, _, number in numbers])
     columns = [list(column) for column in zip(*answers, strict=True)]
     who = [getattr(row, "annotator", None) for row in rows]
-    return _Batch(files, file, line, keys, prompts, columns, list(map(_stripped_hashes, columns)), who, rows)
+    return _Batch(files, file, line, element, keys, prompts, columns, list(map(_stripped_hashes, columns)), who, rows)
 
 
 def _text(prompt: Prompt) -> str:
@@ -272,7 +278,7 @@ def _by_columns(card: DataCard, block: Block, columns: dict[str, list[str]], boo
         keys = [""] * len(lines) if prompts is None else prompts
         file = np.zeros(len(lines), int)
         named: list[str | None] | None = who and [name or None for name in who]
-        yield _Batch([str(block.path)], file, lines, keys, keys, list(columns.values()), hashes, named)
+        yield _Batch([str(block.path)], file, lines, file, keys, keys, list(columns.values()), hashes, named)
 
 
 # ---------------------------------------------------------------- looking at them
@@ -311,16 +317,21 @@ class _Looking:
         """Look at some rows."""
         size = len(batch.keys)
         records = np.zeros(size, ROW)
-        records["line"] = batch.line
+        records["line"], records["element"] = batch.line, batch.element
         records["file"] = np.array([self.files.setdefault(file, len(self.files)) for file in batch.files])[batch.file]
         records["side"] = side
         prompts = _hashes(batch.keys)
         records["prompt"] = prompts
         records["row"] = sum((_mixed(hashes, place) for place, hashes in enumerate([prompts, *batch.hashes])))
-        named = np.zeros(size, bool) if batch.who is None else np.array([name is not None for name in batch.who])
-        if named.any():  # two people's equal judgements are no repetition
-            records["row"][named] += _mixed(_hashes([str(name) for name in batch.who or ()]), 9)[named]
-            self.annotators.update(name for name in batch.who or () if name is not None)
+        who = np.zeros(size, np.uint64)
+        if batch.who is not None and any(name is not None for name in batch.who):
+            named = np.array([name is not None for name in batch.who])
+            who[named] = _mixed(_hashes([str(name) for name in batch.who]), 9)[named]
+            self.annotators.update(name for name in batch.who if name is not None)
+        if self.card.votes is None:
+            records["row"] += who  # two people's equal judgements are no repetition
+        else:  # votes on one pair are put together, whichever way they went
+            records["row"] = self._pairs_of(prompts, batch)
         lengths = [np.fromiter(map(len, column), np.int64, size) for column in [batch.prompts, *batch.answers]]
         data, offsets = _laid_out([batch.prompts, *batch.answers], lengths)
         self._look_at_bytes(batch, data, offsets, records)
@@ -331,9 +342,9 @@ class _Looking:
             for row in bands[band]:
                 hashed = hashed * np.uint64(0x100000001B3) ^ row
             records[f"near{band}"] = hashed
-        self._look_at_labels(batch, prompts, lengths, named)
+        self._look_at_labels(batch, prompts, lengths, who)
         if self.measured is not None:
-            self._look_at_tokens(batch)
+            self._look_at_tokens(batch, records)
         records.tofile(self.rows)
         self.count += size
         self.on_side[side] += size
@@ -365,26 +376,26 @@ class _Looking:
 
     def _place(self, record: Any) -> str:
         names = list(self.files)
-        return f"{names[int(record['file'])]}:{int(record['line'])}"
+        element = int(record["element"])
+        return f"{names[int(record['file'])]}:{int(record['line'])}{f'#{element}' if element else ''}"
 
     def _look_at_labels(
-        self, batch: _Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray], named: np.ndarray
+        self, batch: _Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray], who: np.ndarray
     ) -> None:
         if self.card.kind == "preferences":
             chosen, rejected = batch.hashes
             pairs = np.zeros(len(prompts), PAIR)
-            pairs["pair"] = _mixed(prompts, 0) + _mixed(chosen, 1) + _mixed(rejected, 1)
+            pairs["pair"] = self._pairs_of(prompts, batch)
             pairs["row"] = np.arange(self.count, self.count + len(prompts))
             pairs["vote"] = chosen < rejected
             self.characters.update(chosen=int(lengths[1].sum()), rejected=int(lengths[2].sum()))
             difference = lengths[1] - lengths[2]
+            pairs["longer"] = np.where(difference == 0, 2, (chosen < rejected) == (difference > 0))
             if batch.rows is not None:
                 tied = np.array([probability_of(row) == 0.5 for row in batch.rows])  # type: ignore[arg-type]
                 pairs["vote"][tied] = 2
-                self.ties += int(tied.sum())
-                difference = difference[~tied]
-            pairs["named"] = named
-            self._count_longer(difference)
+            pairs["who"] = who
+            self._count_judged(pairs)
             pairs.tofile(self.pairs)
         elif self.card.kind == "rankings":
             self._look_at_rankings(batch.rows or ())
@@ -393,13 +404,22 @@ class _Looking:
         if self.card.kind != "text":
             self.characters["prompt"] += int(lengths[0].sum())
 
-    def _count_longer(self, difference: np.ndarray) -> None:
-        self.longer.update(
-            longer=int((difference > 0).sum()), equal=int((difference == 0).sum()), pairs=len(difference)
-        )
+    @staticmethod
+    def _pairs_of(prompts: np.ndarray, batch: _Batch) -> np.ndarray:
+        """Return hashes that are equal for the same two completions of a prompt, in either order."""
+        chosen, rejected = batch.hashes
+        return _mixed(prompts, 0) + _mixed(chosen, 1) + _mixed(rejected, 1)
+
+    def _count_judged(self, pairs: np.ndarray, sign: int = 1) -> None:
+        """Add judgements to (or, with sign -1, take them from) the ties and what "longer wins" would score."""
+        tied, equal = pairs["vote"] == 2, pairs["longer"] == 2
+        self.ties += sign * int(tied.sum())
+        self.longer["pairs"] += sign * int((~tied).sum())
+        self.longer["equal"] += sign * int((~tied & equal).sum())
+        self.longer["longer"] += sign * int((~tied & (pairs["longer"] == pairs["vote"])).sum())
 
     def _look_at_rankings(self, rows: Iterable[Any]) -> None:
-        found, differences = [], []
+        found = []
         for number, row in enumerate(rows, start=self.count):
             self.best_at.update(place for place, rank in enumerate(row.ranks, start=1) if rank == min(row.ranks))
             self.characters["completion"] += sum(map(len, row.completions))
@@ -407,18 +427,18 @@ class _Looking:
             prompt = hash(json.dumps(row.prompt))
             for one, other in combinations(range(len(row.completions)), 2):
                 texts, ranks = row.completions, row.ranks
-                self.ties += ranks[one] == ranks[other]
                 first, second = hash(texts[one]), hash(texts[other])
                 vote = 2 if ranks[one] == ranks[other] else int((ranks[one] < ranks[other]) == (first < second))
+                difference = len(texts[one]) - len(texts[other])
+                longer = 2 if difference == 0 else int((difference > 0) == (first < second))
                 pair = (hash((prompt, min(first, second), max(first, second)))) & (2**64 - 1)
-                found.append((pair, number, vote, row.annotator is not None))
-                if vote != 2:
-                    better = ranks[one] < ranks[other]
-                    differences.append((len(texts[one]) - len(texts[other])) * (1 if better else -1))
-        np.array(found, PAIR).tofile(self.pairs)
-        self._count_longer(np.array(differences, dtype=np.int64))
+                who = 0 if row.annotator is None else hash(row.annotator) & (2**32 - 1)
+                found.append((pair, number, vote, longer, who))
+        pairs = np.array(found, PAIR)
+        pairs.tofile(self.pairs)
+        self._count_judged(pairs)
 
-    def _look_at_tokens(self, batch: _Batch) -> None:
+    def _look_at_tokens(self, batch: _Batch, records: np.ndarray) -> None:
         """Count the tokens of a sample of the rows, and of every row that may be too long."""
         assert self.measured is not None
         for at in range(len(batch.keys)):
@@ -440,17 +460,12 @@ class _Looking:
                 self.too_long["tokens"] += whole - context
                 self.too_long["completion alone"] += max(lengths, default=0) > context
                 if len(self.too_long_shown) < SHOWN:
-                    file, line = batch.files[batch.file[at]], batch.line[at]
-                    self.too_long_shown.append(f"{file}:{line} ({whole:,} tokens)")
+                    self.too_long_shown.append(f"{self._place(records[at])} ({whole:,} tokens)")
 
     # ------------------------------------------------------------ what was found
 
     def found(self) -> Audit:
-        """Return the figures.
-
-        Raises:
-            InputError: no row is left.
-        """
+        """Return the figures; where no row is left, only what became of them."""
         card, book = self.card, self.book
         result = Audit(str(card.path), card.kind)
         result.rows = {
@@ -465,7 +480,8 @@ class _Looking:
         if book.broken and card.on_problem == "error":
             result.problems += book.problems(card)
         if not self.count:
-            raise InputError(result.problems or f"{card.path}: no row is left of {book.read:,} read")
+            result.problems = result.problems or [f"{card.path}: no row is left of {book.read:,} read"]
+            return result
         self._tell_duplicates(result)
         self._tell_prompts(result)
         if card.kind in ("preferences", "rankings"):
@@ -492,8 +508,10 @@ class _Looking:
                 rows, starts = rows[once], _starts(records[f"near{band}"][once])
                 near[_later(rows, starts)] = True
                 near_shown += _examples(rows, starts, SHOWN - len(near_shown))
+        votes = self.card.votes is not None  # on one pair: counted as put together, not as repetitions
         result.duplicates = {
-            "exact": {"rows": int(repeated.sum()), "examples": self._places(shown)},
+            "of_rows": self.count - int(repeated.sum()) * votes,
+            "exact": {"rows": 0 if votes else int(repeated.sum()), "examples": [] if votes else self._places(shown)},
             "near": {"rows": int(near.sum()), "examples": self._places(near_shown)},
         }
 
@@ -529,7 +547,7 @@ class _Looking:
     def _tell_labels(self, result: Audit) -> None:
         pairs, judged_twice, conflicting = self.pairs.tell() // PAIR.itemsize, 0, 0
         shown: list[list[int]] = []
-        votes: list[np.ndarray] = []
+        judged: list[np.ndarray] = []
         for _, records, starts in _repeated(self.pairs, PAIR, "pair"):
             ends = np.append(starts[1:], len(records))
             counts = np.stack(
@@ -543,17 +561,15 @@ class _Looking:
             for group in conflict[: SHOWN - len(shown)]:
                 inside = records[starts[group] : ends[group]]
                 shown.append(sorted(int(inside["row"][inside["vote"] == vote][0]) for vote in (0, 1)))
-            named = np.stack(
-                [
-                    np.add.reduceat(((records["vote"] == vote) & records["named"]).astype(np.int64), starts)
-                    for vote in range(3)
-                ],
-                axis=1,
-            )
-            votes.append(named[named.sum(axis=1) > 1])
+            if self.card.votes is not None:  # what is learnt is what they say together
+                self._count_judged(records, sign=-1)
+                together = records[starts].copy()
+                together["vote"] = np.where(counts[:, 0] == counts[:, 1], 2, counts[:, 1] > counts[:, 0])
+                self._count_judged(together)
+            judged.append(_votes_of_annotators(records, starts))
         # Which of two completions is label 0 is chance: each pair counts both ways round.
-        both_ways = [turned for cast in votes for turned in (cast, cast[:, [1, 0, 2]])]
-        agreement = krippendorff_alpha(np.concatenate(both_ways)) if votes else None
+        votes = np.concatenate(judged) if judged else np.zeros((0, 3), np.int64)
+        agreement = krippendorff_alpha(np.concatenate([votes, votes[:, [1, 0, 2]]])) if len(votes) else None
         result.labels = {
             "pairs": pairs,
             "pairs_judged_more_than_once": judged_twice,
@@ -562,6 +578,7 @@ class _Looking:
             "annotators": dict(self.annotators.most_common(20)),
             "annotator_count": len(self.annotators),
             "krippendorff_alpha": agreement,
+            "pairs_judged_by_several_annotators": len(votes),
         }
         if self.book.sides:
             result.labels["votes"] = {side: self.book.sides[side] for side in ("first", "second", "tie")}
@@ -746,6 +763,17 @@ def _starts(ordered: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(len(ordered) > 0, ordered[1:] != ordered[:-1]))
 
 
+def _votes_of_annotators(records: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the votes [pairs, 3] of named annotators on the pairs that several judged; each has one, the first."""
+    group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(records))))
+    named = np.flatnonzero(records["who"])
+    keys = group[named].astype(np.uint64) << np.uint64(32) | records["who"][named].astype(np.uint64)
+    _, first = np.unique(keys, return_index=True)
+    votes = np.zeros((len(starts), 3), np.int64)
+    np.add.at(votes, (group[named[first]], records["vote"][named[first]]), 1)
+    return votes[votes.sum(axis=1) > 1]
+
+
 def _later(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return all rows but the first of each group."""
     later = np.ones(len(rows), bool)
@@ -775,12 +803,13 @@ def _scripts(letters: np.ndarray) -> dict[str, float]:
 
 
 def _warnings(found: Audit) -> Iterator[str]:
-    rows = found.rows["kept"]
+    rows = found.duplicates["of_rows"]
     if rate := found.duplicates["exact"]["rows"]:
         yield f"{rate:,} rows ({rate / rows:.1%}) repeat another one exactly"
     if rate := found.duplicates["near"]["rows"]:
         yield f"about {rate:,} rows ({rate / rows:.1%}) nearly repeat another one"
-    if shared := found.prompts.get("shared_between_splits", {}).get("rows"):
+    shared = found.prompts.get("shared_between_splits", {}).get("rows")
+    if shared and "prompt is also held out" not in found.rows["dropped"]:
         yield f"{shared:,} rows to train on have a prompt that is also held out"
     if conflicts := found.labels.get("conflicting", {}).get("pairs"):
         yield f"{conflicts:,} pairs of completions are judged both ways"
@@ -814,14 +843,21 @@ def lines_of(found: Audit) -> list[str]:
         lines.append(f"            {note['rows']:,} dropped: {reason}")
         lines += [f"              {example}" for example in note["examples"][:2]]
     lines += [f"            {number:,} merged: {what}" for what, number in rows["merged"].items() if number]
-    for name, note in found.duplicates.items():
+    if not found.duplicates:
+        return lines
+    for name in ("exact", "near"):
+        note = found.duplicates[name]
         lines.append(f"duplicates  {'about ' * (name == 'near')}{note['rows']:,} {name}{_shown(note['examples'])}")
     heldout = found.prompts["heldout"]
     held = f"{heldout:.0%} held out, by hash" if isinstance(heldout, float) else f"{heldout:,} rows held out"
     distinct = f"{found.prompts['distinct']:,} distinct; " if "distinct" in found.prompts else ""
     lines.append(f"prompts     {distinct}{held}")
     if shared := found.prompts.get("shared_between_splits"):
-        lines.append(f"            {shared['rows']:,} rows on both sides of the split{_shown(shared['examples'])}")
+        dropped = "prompt is also held out" in rows["dropped"]
+        left_out = ", left out of training; the figures here still count them" if shared["rows"] and dropped else ""
+        lines.append(
+            f"            {shared['rows']:,} rows on both sides of the split{left_out}{_shown(shared['examples'])}"
+        )
     lines += _label_lines(found.labels)
     described = [f"{name.removesuffix('_characters')} {value:,.0f}" for name, value in found.lengths.items()
                  if name.endswith("_characters")]  # fmt: skip
@@ -851,7 +887,12 @@ def _label_lines(labels: Mapping[str, Any]) -> Iterator[str]:
         )
     if labels["annotator_count"]:
         alpha = labels["krippendorff_alpha"]
-        agreement = "no pair judged by two" if alpha is None else f"Krippendorff's alpha {alpha:.3f}"
+        several = labels["pairs_judged_by_several_annotators"]
+        agreement = (
+            "no pair judged by two"
+            if alpha is None
+            else f"Krippendorff's alpha {alpha:.3f} over the {several:,} pairs that several of them judged"
+        )
         yield f"annotators  {labels['annotator_count']:,}; {agreement}"
 
 

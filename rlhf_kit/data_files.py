@@ -245,8 +245,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Cells]]:
         if is_list:
             text.advance(1)
         text.skip(space)
+        before, element = 0, 1  # of rows that stand on one line, the second and later have a number
         while text.rest() and not (is_list and text.starts("]")):
-            where = f"{path}:{text.line}"
+            element = element + 1 if text.line == before else 1
+            before = text.line
+            where = f"{path}:{text.line}{f'#{element}' if element > 1 else ''}"
             yield where, _object(text.decode(decoder), where)
             text.skip(space)
         if is_list and not text.rest():

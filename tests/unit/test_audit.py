@@ -66,9 +66,21 @@ class TestRows:
         assert found.problems[0].startswith("d.jsonl:2: chosen is empty")
 
     def test_nothing_left(self):
-        """A card without rows is wrong input."""
-        with pytest.raises(InputError, match="chosen is empty"):
-            look([{**pair(2), "chosen": ""}])
+        """What became of all the rows is told with their places, and it is a problem."""
+        found = look([{**pair(2), "chosen": ""}], on_problem="drop")
+        assert found.problems == ["c.md: no row is left of 1 read"]
+        assert "1 dropped: empty chosen" in "\n".join(lines_of(found))
+        assert json.loads(as_json(found))["rows"]["dropped"]["empty chosen"]["examples"] == [
+            "d.jsonl:1: chosen is empty"
+        ]
+
+    def test_rows_on_one_line_have_numbers(self):
+        """Of a JSON list that is one long line, the second row and those behind it are told by which they are."""
+        Path("d.json").write_text(json.dumps([pair(1), pair(2), pair(1), {**pair(4), "chosen": ""}]))
+        Path("c.md").write_text("---\nrlhf_kit: {kind: preferences, source: d.json, on_problem: drop}\n---\n")
+        found = audit(load_card("c.md"))
+        assert found.duplicates["exact"]["examples"] == [["d.json:1", "d.json:1#3"]]
+        assert found.rows["dropped"]["empty chosen"]["examples"] == ["d.json:1#4: chosen is empty"]
 
     def test_blocks_and_rows_agree(self, monkeypatch):
         """The two ways of reading find the same, block borders, empty lines and odd lines included."""
@@ -175,6 +187,36 @@ class TestLabels:
         found = look(votes, columns=names, preferred={"first": "A", "second": "B"}, votes="majority")
         assert (found.rows["kept"], found.rows["merged"]) == (1, {"votes on one pair": 2})
         assert found.duplicates["exact"]["rows"] == 0
+
+    def test_votes_are_no_repetitions_and_are_judged_together(self):
+        """Ten pairs of three votes each, two for the longer one: it wins all ten, none is tied, nothing is repeated."""
+        rows = [
+            {"prompt": f"Q{n}? {sentence(n)}", "first": sentence(f"f{n}"), "second": sentence(f"s{n}", 40),
+             "preferred": side, "annotator": who}
+            for n in range(10) for who, side in (("x", "A"), ("y", "B"), ("z", "B"))
+        ]  # fmt: skip
+        names = {name: name for name in ("first", "second", "preferred")}
+        found = look(rows, columns=names, preferred={"first": "A", "second": "B"}, votes="majority")
+        assert (found.rows["kept"], found.labels["pairs"], found.labels["ties"]) == (10, 10, 0)
+        assert found.duplicates == {
+            "of_rows": 10,
+            "exact": {"rows": 0, "examples": []},
+            "near": {"rows": 0, "examples": []},
+        }
+        assert found.lengths["longer_wins"] == 1.0
+        apart = look(rows, columns=names, preferred={"first": "A", "second": "B"})
+        assert apart.lengths["longer_wins"] == pytest.approx(2 / 3, abs=1e-4)
+
+    def test_an_annotator_counts_once_for_a_pair(self):
+        """One who judges a pair twice, both ways, agrees with nobody thereby; alpha names the pairs that it is over."""
+        one = pair(1)
+        turned = {**one, "chosen": one["rejected"], "rejected": one["chosen"]}
+        alone = look([{**one, "annotator": "x"}, {**turned, "annotator": "x"}])
+        assert alone.labels["krippendorff_alpha"] is None
+        assert alone.labels["pairs_judged_by_several_annotators"] == 0
+        both = look([{**one, "annotator": "x"}, {**turned, "annotator": "x"}, {**one, "annotator": "y"}])
+        assert both.labels["pairs_judged_by_several_annotators"] == 1
+        assert "over the 1 pairs" in "\n".join(lines_of(both))
 
     def test_agreement(self):
         """Krippendorff's alpha of the annotators: 1 where all agree, near 0 where they toss coins."""

@@ -514,12 +514,12 @@ class TestThreads:
         found = load(self.ROWS, **self.BLOCK)
         first = [user("text p1")]
         assert found.train == [
-            Ranking(first, ["text a1", "text a2"], [2.0, 1.0], "d.json:1"),
+            Ranking(first, ["text a1", "text a2"], [2.0, 1.0], "d.json:1#2"),
             Ranking(
                 [*first, assistant("text a2"), user("text p2")],
                 ["text b1", "text b2", "text b3"],
                 [1.0, 3.0, 2.0],
-                "d.json:1",
+                "d.json:1#5",
             ),
         ]
         assert found.counts == {
@@ -546,7 +546,7 @@ class TestUnpaired:
     def test_the_good_ones_are_demonstrations(self):
         """A filter on the label."""
         found = load(self.ROWS, kind="demonstrations", filters={"where": {"label": True}})
-        assert found.train == [Demonstration("Q", "a", "d.json:1"), Demonstration("R", "c", "d.json:1")]
+        assert found.train == [Demonstration("Q", "a", "d.json:1"), Demonstration("R", "c", "d.json:1#3")]
 
     def test_good_and_bad_ones_of_a_prompt_are_a_ranking(self):
         """True is rated 1 and false 0; prompts with one of them only are left out and counted."""
