@@ -43,6 +43,7 @@ from rlhf_kit.examples import (
     check_columns,
     probability_of,
     read_rows,
+    refusal,
     taken_rows,
 )
 from rlhf_kit.maths.statistics import krippendorff_alpha
@@ -90,6 +91,8 @@ class Measured:
     """Whether a row of so many bytes in so many messages may be too long."""
     count: Callable[[Prompt, list[str]], tuple[int, list[int]]]
     """Tokens of the prompt, and of each completion behind it."""
+    spells_special: Callable[[str], bool] = lambda text: False
+    """Whether a text holds the name of a special token."""
 
 
 @dataclass
@@ -303,7 +306,7 @@ class _Looking:
         self.tokens: list[int] = []
         self.too_long: Counter[str] = Counter()
         self.too_long_shown: list[str] = []
-        self.measured_rows = 0
+        self.refused: list[str] = []
 
     def __enter__(self) -> _Looking:
         self.rows, self.pairs = tempfile.TemporaryFile(), tempfile.TemporaryFile()
@@ -345,6 +348,11 @@ class _Looking:
         self._look_at_labels(batch, prompts, lengths, who)
         if self.measured is not None:
             self._look_at_tokens(batch, records)
+            if self.card.special_tokens == "refuse":
+                spells = self.measured.spells_special
+                columns = [batch.prompts, *batch.answers]
+                rows = [row for row in range(size) if any(spells(column[row]) for column in columns)]
+                self.refused += [self._place(records[row]) for row in rows]
         records.tofile(self.rows)
         self.count += size
         self.on_side[side] += size
@@ -479,6 +487,8 @@ class _Looking:
         }
         if book.broken and card.on_problem == "error":
             result.problems += book.problems(card)
+        if self.refused:
+            result.problems.append(f"{card.path}: {refusal(self.refused, self.count)}")
         if not self.count:
             result.problems = result.problems or [f"{card.path}: no row is left of {book.read:,} read"]
             return result

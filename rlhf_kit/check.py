@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,11 @@ from rlhf_kit.examples import (
     load_examples,
     mixed,
     prompts_of,
+    refusal,
+    texts_of,
 )
 from rlhf_kit.model_folders import ModelFolder
-from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, cards_of
+from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, Truncate, cards_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -98,9 +101,10 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
             problems += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in folder_problems]
     if base is not None:
         problems += _length_problems(recipe, base, examples)
+        problems += _special_token_problems(base, examples)
     if problems:
         raise InputError(problems)
-    return Plan(recipe, examples, _lines(recipe, base, cards, examples), _notes(recipe, examples))
+    return Plan(recipe, examples, _lines(recipe, base, cards, examples), _notes(recipe, base, examples))
 
 
 def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -139,8 +143,6 @@ def _mix(recipe: Recipe, examples: dict[Cards, Examples]) -> list[str]:
         if not all(card in examples for card in cards_of(cards)):
             continue
         kinds = {examples[card].card.kind for card in cards_of(cards)}
-        if isinstance(stage, RewardStage) and len(kinds) > 1:
-            problems.append(f"{at}: cards that are mixed are of one kind; seen {', '.join(sorted(kinds))}")
         found = [examples[portion.card] for portion in cards]
         if isinstance(stage, PPOStage) and kinds <= set(WITH_PROMPTS):
             found = [prompts_of(one) for one in found]
@@ -248,55 +250,116 @@ def longest(rows: Sequence[Any], tokenizer: Tokenizer, room: int | None) -> tupl
     return max((length for _, length in lengths), default=0), list(over.items())
 
 
-def _length_problems(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterable[str]:
+@dataclass(frozen=True)
+class _Limit:
+    """Rows that a stage reads, and how long they may be."""
+
+    at: str
+    card: Cards
+    rows: list[Any]
+    room: int
+    """Tokens."""
+    words: str
+    """The limit, for a message."""
+    other_way: str
+    """What else would make room for longer ones."""
+    truncate: Truncate
+
+
+def _limits(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[_Limit]:
     context = base.context
-    last: PPOStage | None = None
+    ppo: list[tuple[str, PPOStage, Cards, int]] = []  # place, stage, prompts, new tokens
     for name, stage in recipe.stages.items():
         at = recipe.where(f"stages.{name}")
         if isinstance(stage, PPOStage):
-            last = stage
-            yield from _prompt_problems(at, stage.prompts, stage.max_new_tokens, stage.truncate, base, examples)
-        elif context is not None and stage.max_length is not None and stage.max_length > context:
-            yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
-        elif stage.truncate == "error" and (stage.max_length or context) and stage.data in examples:
-            room = stage.max_length or context
+            ppo.append((at, stage, stage.prompts, stage.max_new_tokens))
+        elif (room := stage.max_length or context) and stage.data in examples:
             rows = [*examples[stage.data].train, *examples[stage.data].heldout]
-            limit = f"max_length {room}" if stage.max_length else f"the base's context of {room} tokens"
-            yield from _too_long(
-                at, stage.data, rows, base, room, limit, "a larger max_length" * bool(stage.max_length)
-            )
-    if last is not None and recipe.evaluation.prompts is not None:
-        tokens = recipe.evaluation.max_new_tokens or last.max_new_tokens
+            words = f"max_length {room}" if stage.max_length else f"the base's context of {room} tokens"
+            way = "a larger max_length" * bool(stage.max_length)
+            yield _Limit(at, stage.data, rows, room, words, way, stage.truncate)
+    if ppo and recipe.evaluation.prompts is not None:
+        _, last, _, new = ppo[-1]
         at = recipe.where("evaluation.prompts")
-        yield from _prompt_problems(at, recipe.evaluation.prompts, tokens, last.truncate, base, examples)
+        ppo.append((at, last, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens or new))
+    for at, stage, card, new in ppo:
+        if context is None or context <= new or card not in examples:
+            continue
+        if examples[card].card.kind in WITH_PROMPTS:
+            found, room = prompts_of(examples[card]), context - new
+            words = f"the {room} tokens that max_new_tokens {new} leaves of the base's context of {context}"
+            rows = [*found.train, *found.heldout]
+            yield _Limit(at, card, rows, room, words, "a smaller max_new_tokens", stage.truncate)
 
 
-def _prompt_problems(
-    at: str, card: Cards, max_new_tokens: int, truncate: str, base: ModelFolder, examples: Mapping[Cards, Examples]
-) -> Iterable[str]:
-    if base.context is None:
-        return
-    room = base.context - max_new_tokens
-    if room < 1:
-        yield f"{at}: max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of {base.context}"
-    elif truncate == "error" and card in examples and examples[card].card.kind in WITH_PROMPTS:
-        found = prompts_of(examples[card])
-        limit = f"the {room} tokens that max_new_tokens {max_new_tokens} leaves of the base's context of {base.context}"
-        yield from _too_long(at, card, [*found.train, *found.heldout], base, room, limit, "a smaller max_new_tokens")
+def _length_problems(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterable[str]:
+    context = base.context
+    for name, stage in recipe.stages.items():
+        at = recipe.where(f"stages.{name}")
+        if context is None:
+            break
+        if isinstance(stage, PPOStage):
+            new = stage.max_new_tokens
+            if new >= context:
+                yield f"{at}: max_new_tokens {new} leaves no room for a prompt in the context of {context}"
+        elif stage.max_length is not None and stage.max_length > context:
+            yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
+    for limit, most, over in _too_long(recipe, base, examples):
+        if limit.truncate == "error":
+            many = f"at least {len(over):,} of {len(limit.rows):,} rows of {named(limit.card)}"
+            yield (
+                f"{limit.at}: {many} are longer than {limit.words}; the longest has at least {most} ({over[-1][0]}). "
+                "Write truncate: left_prompt to cut prompts from the left, truncate: drop to leave such rows out"
+                f"{', or ' * bool(limit.other_way)}{limit.other_way}"
+            )
+        elif limit.truncate == "drop" and len(over) == len({row.where for row in limit.rows}):
+            yield (
+                f"{limit.at}: all rows of {named(limit.card)} are longer than {limit.words}, so truncate: drop leaves "
+                "none; use shorter rows or a base with a longer context"
+            )
+
+
+def _length_notes(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[str]:
+    """Tell of rows that a stage will cut or leave out, as its recipe says."""
+    ways = {
+        "drop": "they are left out",
+        "left_prompt": "their prompts are cut from the left; a row whose completion alone is too long is left out",
+    }
+    for limit, _, over in _too_long(recipe, base, examples):
+        if limit.truncate in ways:
+            yield (
+                f"{limit.at}: truncate: {limit.truncate}: at least {len(over):,} of {len(limit.rows):,} rows of "
+                f"{named(limit.card)} are longer than {limit.words}; {ways[limit.truncate]}"
+            )
 
 
 def _too_long(
-    at: str, card: Cards, rows: Sequence[Any], base: ModelFolder, room: int | None, limit: str, also: str
-) -> Iterable[str]:
+    recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]
+) -> Iterator[tuple[_Limit, int, list[tuple[str, int]]]]:
+    """Yield the limits that rows exceed: with the tokens of the longest row, and the rows that are too long."""
     if base.tokenizer is None:
         return
-    most, over = longest(rows, base.tokenizer, room)
-    if over:
-        yield (
-            f"{at}: {len(over):,} of {len(rows):,} rows of {named(card)} are longer than {limit}; the longest has "
-            f"at least {most} ({over[-1][0]}). Write truncate: left_prompt to cut prompts from the left, truncate: "
-            f"drop to leave such rows out{f', or {also}' if also else ''}"
-        )
+    for limit in _limits(recipe, base, examples):
+        most, over = longest(limit.rows, base.tokenizer, limit.room)
+        if over:
+            yield limit, most, over
+
+
+def _special_token_problems(base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[str]:
+    """Yield the refusals of cards whose rows spell special tokens of the base."""
+    if base.tokenizer is None:
+        return
+    names = [token.content for token in base.tokenizer.get_added_tokens_decoder().values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    for card, found in examples.items():
+        rows = [*found.train, *found.heldout]
+        refused = [
+            row.where
+            for row in rows
+            if row.special_tokens == "refuse" and any(pattern.search(text) for text in texts_of(row))
+        ]
+        if refused and isinstance(card, str):
+            yield f"{card}: {refusal(refused, len(rows))}"
 
 
 # ---------------------------------------------------------------- the plan, to be read
@@ -379,7 +442,8 @@ def _stage_lines(
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
         return [line]
     units = {"preferences": "pairs", "rankings": "rankings"}
-    unit = units.get(examples[stage.data].card.kind, "rows") if stage.data in examples else "rows"
+    kinds = {type(row) for row in examples[stage.data].train} if stage.data in examples else set()
+    unit = units.get(examples[stage.data].card.kind, "rows") if len(kinds) == 1 else "rows"
     if stage.data not in examples:
         long = f"{stage.max_steps:,} optimizer steps" if stage.max_steps else f"epochs {stage.epochs:g}, in steps"
         return [f"{head}{long} of {stage.batch_size:,} {unit}"]
@@ -389,8 +453,10 @@ def _stage_lines(
     return [f"{head}{rows:,} {unit} x {epochs:.3g} epochs = {steps:,} optimizer steps of {stage.batch_size:,} {unit}"]
 
 
-def _notes(recipe: Recipe, examples: Mapping[Cards, Examples]) -> list[str]:
+def _notes(recipe: Recipe, base: ModelFolder | None, examples: Mapping[Cards, Examples]) -> list[str]:
     notes = list(_leaks(recipe, examples))
+    if base is not None:
+        notes += _length_notes(recipe, base, examples)
     if recipe.publish is not None:
         notes.append(f"{recipe.where('publish')}: this version does not push; the run stays on this machine")
     return notes

@@ -31,7 +31,17 @@ from rlhf_kit import recipe
 from rlhf_kit.batches import Comparisons, PromptBatch
 from rlhf_kit.chat_templates import try_template
 from rlhf_kit.errors import InputError, first_line
-from rlhf_kit.examples import Demonstration, Preference, Prompt, PromptRow, Ranking, Text, probability_of
+from rlhf_kit.examples import (
+    Demonstration,
+    Preference,
+    Prompt,
+    PromptRow,
+    Ranking,
+    Text,
+    probability_of,
+    refusal,
+    texts_of,
+)
 from rlhf_kit.model_folders import opened
 from rlhf_kit.settings import read_text
 
@@ -517,7 +527,7 @@ class _Fitting:
     def look_at(self, row: Any, *, prompt_only: bool = False) -> None:
         """Count a row, and whether its text spells special tokens."""
         self.counts["rows"] += 1
-        if any(self.text_format.spells_special(text) for text in _texts(row, prompt_only=prompt_only)):
+        if any(self.text_format.spells_special(text) for text in texts_of(row, prompt_only=prompt_only)):
             if row.special_tokens == "refuse":
                 self.refused.append(row.where)
             else:
@@ -557,7 +567,7 @@ class _Fitting:
 
     def result(self) -> Tokenised:
         if self.refused:
-            raise InputError(_refusal(self.refused, self.counts["rows"]))
+            raise InputError(refusal(self.refused, self.counts["rows"]))
         if self.too_long:
             shown = "; ".join(self.too_long[:5]) + (" …" if len(self.too_long) > 5 else "")
             raise InputError(
@@ -582,29 +592,10 @@ def refuse_special_tokens(rows: Sequence[Any], text_format: TextFormat) -> None:
     refused = [
         row.where
         for row in rows
-        if row.special_tokens == "refuse" and any(map(text_format.spells_special, _texts(row, prompt_only=False)))
+        if row.special_tokens == "refuse" and any(map(text_format.spells_special, texts_of(row)))
     ]
     if refused:
-        raise InputError(_refusal(refused, len(rows)))
-
-
-def _texts(row: Any, *, prompt_only: bool) -> list[str]:
-    """Return the texts of a row; of a chat prompt, the contents of its messages."""
-    if isinstance(row, Text):
-        return [row.text]
-    texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
-    if not prompt_only:
-        texts += [getattr(row, name) for name in ("completion", "chosen", "rejected") if hasattr(row, name)]
-        texts += getattr(row, "completions", [])
-    return texts
-
-
-def _refusal(refused: Sequence[str], rows: int) -> str:
-    shown = "; ".join(refused[:5]) + (" …" if len(refused) > 5 else "")
-    return (
-        f"{len(refused)} of {rows} rows spell special tokens of the model: {shown}. Mend them, or write in their card "
-        "special_tokens: escape to keep that as text, or allow to make it special tokens."
-    )
+        raise InputError(refusal(refused, len(rows)))
 
 
 @contextmanager

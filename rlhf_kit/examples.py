@@ -167,6 +167,26 @@ def _shared(card: DataCard, shared: Sequence[Row], reserved: Mapping[str, str]) 
     ]
 
 
+def texts_of(row: Any, *, prompt_only: bool = False) -> list[str]:
+    """Return the texts of a row; of a chat prompt, the contents of its messages."""
+    if isinstance(row, Text):
+        return [row.text]
+    texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+    if not prompt_only:
+        texts += [getattr(row, name) for name in ("completion", "chosen", "rejected") if hasattr(row, name)]
+        texts += getattr(row, "completions", [])
+    return texts
+
+
+def refusal(refused: Sequence[str], rows: int) -> str:
+    """Return what is said of rows that spell special tokens, where their card refuses that."""
+    shown = "; ".join(refused[:5]) + (" …" if len(refused) > 5 else "")
+    return (
+        f"{len(refused)} of {rows} rows spell special tokens of the model: {shown}. Mend them, or write in their card "
+        "special_tokens: escape to keep that as text, or allow to make it special tokens."
+    )
+
+
 def prompts_of(examples: Examples) -> Examples:
     """Return the prompts alone, each once, as rows of class `PromptRow`; what was left out is counted.
 

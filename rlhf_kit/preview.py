@@ -12,7 +12,18 @@ from rlhf_kit.audit import Measured
 from rlhf_kit.collate import TextFormat, load_text_format
 from rlhf_kit.data_cards import DataCard
 from rlhf_kit.errors import InputError, printable
-from rlhf_kit.examples import Book, Demonstration, Preference, Prompt, PromptRow, Ranking, Row, Text, canonical_rows
+from rlhf_kit.examples import (
+    Book,
+    Demonstration,
+    Preference,
+    Prompt,
+    PromptRow,
+    Ranking,
+    Row,
+    Text,
+    canonical_rows,
+    texts_of,
+)
 from rlhf_kit.models import context_length
 from rlhf_kit.recipe import Base, load_recipe
 
@@ -49,7 +60,7 @@ def measured(base: Base) -> Measured:
             return 0, [len(text_format.text_ids(text)) for text in completions]
         return len(text_format.prompt_ids(prompt)), [len(text_format.completion_ids(prompt, c)) for c in completions]
 
-    return Measured(base.model, context, may_be_too_long, count)
+    return Measured(base.model, context, may_be_too_long, count, text_format.spells_special)
 
 
 def preview(card: DataCard, rows: int, base: Base | None) -> Iterator[Line]:
@@ -73,6 +84,9 @@ def preview(card: DataCard, rows: int, base: Base | None) -> Iterator[Line]:
             yield Line(f"\n{row.where}  {title}: {size:,} {unit}{over}", style="bold")
             for what, pieces in parts:
                 yield _line(what, pieces)
+        if text_format is not None and any(map(text_format.spells_special, texts_of(row))):
+            ways = {"refuse": "refused, as its card says", "allow": "made special tokens", "escape": "kept as text"}
+            yield Line(f"  it spells special tokens: {ways[row.special_tokens]}", style="yellow")
     for message in book.broken:
         yield Line(f"\nleft out: {message}", style="red")
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from rlhf_kit.check import check_recipe, longest, plan
 from rlhf_kit.errors import InputError
@@ -132,8 +133,24 @@ class TestLengths:
         """Long prompts are an error only where nothing is said of what becomes of them."""
         write_jsonl(workplace / "asked.jsonl", [{"prompt": "x" * 200}, {"prompt": "Where?"}])
         assert len(problems()) == 1
-        for truncate in ("drop", "left_prompt"):
-            lines(f"stages.ppo.truncate={truncate}")
+        for truncate, becomes in (("drop", "they are left out"), ("left_prompt", "are cut from the left")):
+            (note,) = [line for line in lines(f"stages.ppo.truncate={truncate}").values() if "are longer than" in line]
+            assert "at least 1 of 2 rows of asked.md" in note and becomes in note
+        write_jsonl(workplace / "asked.jsonl", [{"prompt": letter * 200} for letter in "abcdefgh"])
+        (message,) = problems("stages.ppo.truncate=drop")
+        assert "so truncate: drop leaves none" in message
+
+    def test_refused_special_tokens(self, workplace):
+        """Rows that spell a special token of the base are told where their card refuses it, and only there."""
+        write_jsonl(workplace / "asked.jsonl", [{"prompt": f"Where {n}? </s>"} for n in range(8)])
+        tokenizer = Tokenizer.from_file("model/tokenizer.json")
+        tokenizer.add_special_tokens(["</s>"])
+        tokenizer.save("model/tokenizer.json")
+        lines()
+        card = Path("asked.md").read_text().replace("kind: prompts", "kind: prompts\n  special_tokens: refuse")
+        Path("asked.md").write_text(card)
+        (message,) = problems()
+        assert message.startswith("asked.md: 8 of 8 rows spell special tokens of the model: asked.jsonl:")
 
     def test_evaluation_prompts(self, workplace):
         """Another card to measure on must fit as well, with its own number of new tokens."""
@@ -141,7 +158,9 @@ class TestLengths:
         Path("long.md").write_text(Path("asked.md").read_text().replace("asked", "long"))
         lines("evaluation.prompts=long.md")
         (message,) = problems("evaluation.prompts=long.md", "evaluation.max_new_tokens=100")
-        assert message.startswith("--set evaluation.prompts=long.md: evaluation.prompts: 8 of 8 rows of long.md")
+        assert message.startswith(
+            "--set evaluation.prompts=long.md: evaluation.prompts: at least 8 of 8 rows of long.md"
+        )
 
     def test_max_length_beyond_the_context(self, workplace):
         """Rows cannot be longer than what the model reads."""
