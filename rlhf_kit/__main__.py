@@ -133,8 +133,11 @@ def import_data(
     """Write a data card for each dataset that another tool's file describes."""
     from rlhf_kit.importing import import_cards
 
-    for card in import_cards(file, names or [], out):
+    cards, left_out = import_cards(file, names or [], out)
+    for card in cards:
         print(card)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
 
 
 @app.command()

@@ -484,6 +484,7 @@ class _Looking:
                 for reason, number in book.dropped.items()
             },
             "merged": dict(book.merged),
+            "noted": {what: number for what, number in book.noted.items() if number},
         }
         if book.broken and card.on_problem == "error":
             result.problems += book.problems(card)
@@ -852,7 +853,8 @@ def lines_of(found: Audit) -> list[str]:
     for reason, note in rows["dropped"].items():
         lines.append(f"            {note['rows']:,} dropped: {reason}")
         lines += [f"              {example}" for example in note["examples"][:2]]
-    lines += [f"            {number:,} merged: {what}" for what, number in rows["merged"].items() if number]
+    for how in ("merged", "noted"):
+        lines += [f"            {number:,} {how}: {what}" for what, number in rows[how].items() if number]
     if not found.duplicates:
         return lines
     for name in ("exact", "near"):

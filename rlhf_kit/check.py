@@ -417,7 +417,7 @@ def _card_lines(path: str, card: DataCard, found: Examples | None, base: ModelFo
 
 def _count_lines(found: Examples) -> Iterable[str]:
     """Yield what became of the rows that are not there as they were read."""
-    words = {"dropped": "left out", "merged": "put together", "repeated": "repeated"}
+    words = {"dropped": "left out", "merged": "put together", "repeated": "repeated", "noted": "noted"}
     for reason, number in found.counts.items():
         kind, colon, what = reason.partition(": ")
         if colon:

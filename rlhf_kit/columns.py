@@ -102,8 +102,10 @@ def is_there(path: str, cells: Mapping[str, Any]) -> bool:
     return path in cells or path_of(path)[0] in cells
 
 
-def value_of(expression: Expression, cells: Mapping[str, Any]) -> Any:
+def value_of(expression: Expression, cells: Mapping[str, Any], *, gaps: bool = False) -> Any:
     """Return the value in a row; a template's is text without white space at its ends.
+
+    gaps: what an element of a list does not have is None.
 
     Raises:
         Missing: the row does not have it.
@@ -113,7 +115,7 @@ def value_of(expression: Expression, cells: Mapping[str, Any]) -> Any:
             return cells[expression]
         names = template_columns(expression)
         if not names:
-            return _walk(cells, path_of(expression), expression)
+            return _walk(cells, path_of(expression), expression, gaps)
         filled = {name: _filled(name, cells) for name in names}
         return _BRACES.sub(lambda match: filled[match[1]], expression).strip()
     if isinstance(expression, list):
@@ -129,7 +131,7 @@ def _filled(name: str, cells: Mapping[str, Any]) -> str:
     return value
 
 
-def _walk(value: Any, steps: tuple[Step, ...], path: str) -> Any:
+def _walk(value: Any, steps: tuple[Step, ...], path: str, gaps: bool = False) -> Any:
     for number, step in enumerate(steps):
         if isinstance(value, str) and number:
             value = _structured(value, path)
@@ -142,12 +144,20 @@ def _walk(value: Any, steps: tuple[Step, ...], path: str) -> Any:
         elif not isinstance(value, list):
             raise Missing("missing column", f"{path}: there is no list to take {_shown(step)} of")
         elif isinstance(step, slice):
-            return [_walk(item, steps[number + 1 :], path) for item in value[step]]
+            walk = _walk_or_none if gaps else _walk
+            return [walk(item, steps[number + 1 :], path) for item in value[step]]
         elif not -len(value) <= step < len(value):
             raise Missing("missing column", f"{path}: the list has {len(value)} elements, there is no [{step}]")
         else:
             value = value[step]
     return value
+
+
+def _walk_or_none(value: Any, steps: tuple[Step, ...], path: str) -> Any:
+    try:
+        return _walk(value, steps, path)
+    except Missing:
+        return None
 
 
 def _structured(text: str, path: str) -> Any:

@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from rlhf_kit.columns import Expression, fault, template_columns
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml
+from rlhf_kit.recipe import STAGE_KINDS
 from rlhf_kit.settings import (
     HUB_ID,
     Count,
@@ -109,9 +110,20 @@ class HubSource:
 
 def _values(written: Any) -> Any:
     values = written if isinstance(written, list) else [written]
-    if values and all(isinstance(value, str | int | float | bool) for value in values):
-        return values
-    raise PydanticCustomError("unexpected", "{expected}", {"expected": "a value or a list of values"})
+    if not values or not all(isinstance(value, str | int | float | bool | None) for value in values) or written is None:
+        raise PydanticCustomError("unexpected", "{expected}", {"expected": "a value or a list of values"})
+    if any(ends and ends[0] > ends[1] for ends in map(range_of, values)):
+        raise PydanticCustomError("unexpected", "{expected}", {"expected": 'ranges from low to high, such as "1..3"'})
+    return values
+
+
+def range_of(written: Any) -> tuple[float, float] | None:
+    """Return the ends of a range written "0.5..3", or None for another value."""
+    ends = _RANGE.fullmatch(written) if isinstance(written, str) else None
+    return (float(ends[1]), float(ends[2])) if ends else None
+
+
+_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)")
 
 
 def _column(written: Any) -> Any:
@@ -247,6 +259,8 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         InputError: everything that is wrong with the card, together, with lines.
     """
     path = Path(path)
+    if data_root is not None and not Path(data_root).is_dir():
+        raise InputError(f"{data_root}: is no folder, so there are no data in it; mend --data-root (or data_root)")
     front, text = _front_matter(path)
     metadata = front.value
     if not isinstance(metadata, dict) or not isinstance(metadata.get("rlhf_kit"), dict):
@@ -333,7 +347,9 @@ def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, ma
             key, inside = str(loc[-1]), inner.get(str(loc[-2]), settings)
             match error["type"]:
                 case "extra_forbidden":
-                    yield loc, f"unknown key{did_you_mean(key, inside.model_fields)}"
+                    elsewhere = len(loc) == 2 and any(key in stage.model_fields for stage in STAGE_KINDS.values())
+                    hint = "; it is a setting of a recipe's stage" if elsewhere else ""
+                    yield loc, f"unknown key{hint or did_you_mean(key, inside.model_fields)}"
                 case "missing":
                     if not written_wrongly(key, raw, settings.model_fields):
                         yield loc, f"missing, and has no default: {NEEDED[tuple(str(step) for step in loc[1:])]}"

@@ -113,6 +113,8 @@ def opened(path: Path) -> Iterator[Reader]:
     except EOFError:
         raise InputError(f"{path}:{_next(reader)}: the compressed file is cut off here; get it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
+        if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in str(error) and _next(reader) == 1:
+            raise InputError(f"{path}: is not compressed, whatever its name says; take .gz off the name") from None
         raise InputError(f"{path}:{_next(reader)}: not a sound gzip file: {error}; get it again") from None
     except OSError as error:
         if path.name.lower().endswith(".zst") and error.strerror is None:
@@ -435,4 +437,7 @@ def hub_rows(source: HubSource) -> Iterator[tuple[str, Cells]]:
         for number, row in enumerate(data, start=1):
             yield f"{source}:{number}", row
     except (OSError, ValueError) as error:
-        raise InputError(f"{source}: cannot be had from the Hub: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        offline = any(sign in said for sign in ("Offline", "Couldn't reach", "LocalEntryNotFound"))
+        way = "; go online (and unset HF_HUB_OFFLINE), or name files in source:" if offline else ""
+        raise InputError(f"{source}: cannot be had from the Hub: {said}{way}") from error

@@ -20,7 +20,7 @@ from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
 from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
-from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens
+from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, range_of
 from rlhf_kit.data_files import file_rows, hub_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
@@ -313,6 +313,8 @@ class Book:
     """The same by reason, also where no rule is broken."""
     breaking: Counter[str] = field(default_factory=Counter)
     """Those of `dropped` that break a rule."""
+    noted: Counter[str] = field(default_factory=Counter)
+    """What was read otherwise than it was said, in rows that are kept."""
     sides: Counter[str] = field(default_factory=Counter)
     """Votes for the "first" and the "second" completion shown, and "tie", where the data says which stood first."""
 
@@ -347,7 +349,10 @@ class Book:
     def others(self) -> dict[str, int]:
         """Return the counts of what was not kept as it was read."""
         dropped = {f"dropped: {reason}": number for reason, number in self.dropped.items()}
-        return {**dropped, **{f"merged: {what}": number for what, number in self.merged.items() if number}}
+        others = {"merged": self.merged, "noted": self.noted}
+        return dropped | {
+            f"{how}: {what}": number for how, counts in others.items() for what, number in counts.items() if number
+        }
 
     def problems(self, card: DataCard) -> list[str]:
         """Return what to say of the rows that break a rule."""
@@ -411,6 +416,8 @@ def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book)
     except _LeftOut as left_out:
         book.leave_out(str(left_out), where)
     else:
+        book.noted["votes left out, others on the pair counted"] += read.votes_left_out
+        book.noted["judgements of equal, ordered by the others"] += read.ordered_draws
         book.sides.update("tie" if vote == 0.5 else "first" if vote > 0.5 else "second" for vote in read.votes)
         return rows
     return []
@@ -473,6 +480,11 @@ MAY_BE_MISSING = ("margin", "annotator", "ranks", "ratings")
 
 
 def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]) -> str:
+    (only, value), *others = cells.items() or [("", None)]
+    if not others and (mark := next((mark for mark in ";|\t" if mark in only), None)):
+        return f"column {missing}, but one called {only!r}: save the file with commas instead of {mark!r}, or as .tsv"
+    if not others and isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+        return f"column {missing}: the rows are a list inside the key {only}; write that list alone into the file"
     what = f"column {missing}, which the card takes for {name}" if name in card.mapped else f"column {name}"
     near = did_you_mean(missing, cells)
     seen = "" if near.startswith("; known") else f" (columns: {', '.join(map(str, cells))})"
@@ -554,7 +566,7 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
     """Yield, for each vote on the pair, the probability that the first one is better and who says so."""
     card = read.card
     if "preferred" in card.columns:
-        votes = read.cell("preferred")
+        votes = read.cell("preferred", gaps=True)
         if not isinstance(votes, list):
             yield read.vote(votes), read.annotator()
             return
@@ -568,7 +580,14 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
         who = read.cell("annotator") if read.has("annotator") else None
         named = who if isinstance(who, list) and len(who) == len(votes) else [who] * len(votes)
         for vote, name in zip(votes, named, strict=True):
-            yield read.vote(vote), None if name in (None, "") or isinstance(name, list) else str(name)
+            try:
+                share = read.vote(vote)
+            except _LeftOut:
+                read.votes_left_out += 1
+                continue
+            yield share, None if name in (None, "") or isinstance(name, list) else str(name)
+        if read.votes_left_out == len(votes):
+            raise _LeftOut("no vote that counts")
         return
     if "probability" in card.columns:
         probability = read.number("probability", read.cell("probability"))
@@ -578,6 +597,8 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
         probability = 0.5 if ratings[0] == ratings[1] else float(ratings[0] > ratings[1])
     else:
         probability = 1.0
+        if ratings is not None and ratings[0] == ratings[1]:
+            probability = 0.5
         if ratings is not None and ratings[0] < ratings[1]:
             raise _Broken("chosen is rated lower", f"chosen is rated {ratings[0]:g} and rejected {ratings[1]:g}")
     yield probability, read.annotator()
@@ -654,7 +675,9 @@ def _ranking(read: _Cells) -> Ranking:
         ratings = read.numbers("ratings", len(completions))
         ranks = _ranks(ratings, best_is_high=True)
     elif "comparisons" in card.columns:
-        ranks = _ranks(_wins(read, len(completions)), best_is_high=True)
+        shares = _shares(read, len(completions))
+        ranks = _ranks(_wins(shares, len(completions)), best_is_high=True)
+        read.ordered_draws = sum(share == 0.5 and ranks[one] != ranks[two] for (one, two), share in shares.items())
     else:
         ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
     return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator(), card.margin_per_point)
@@ -681,11 +704,8 @@ def _ranks(numbers: Sequence[float], best_is_high: bool) -> list[float]:
     return [1.0 + sum(sign * other > sign * number for other in numbers) for number in numbers]
 
 
-def _wins(read: _Cells, count: int) -> list[float]:
-    """Return how often each completion wins, from the judgements of all pairs 1-2, 1-3, ..., 2-3, ...; ties are half.
-
-    Judgements that go in a circle make completions tie.
-    """
+def _shares(read: _Cells, count: int) -> dict[tuple[int, int], float]:
+    """Return the first one's share, of each pair's judgement, from those of all pairs 1-2, 1-3, ..., 2-3, ..."""
     votes = read.cell("comparisons")
     pairs = [(first, second) for first in range(count) for second in range(first + 1, count)]
     if not isinstance(votes, list) or len(votes) != len(pairs):
@@ -693,9 +713,13 @@ def _wins(read: _Cells, count: int) -> list[float]:
             "not one comparison for each pair",
             f"{read.called('comparisons')} must be {len(pairs)} judgements, 1-2, 1-3, ..., of {count} completions",
         )
+    return {pair: read.vote(vote) for pair, vote in zip(pairs, votes, strict=True)}
+
+
+def _wins(shares: Mapping[tuple[int, int], float], count: int) -> list[float]:
+    """Return how often each completion wins; ties are half. Judgements that go in a circle make completions tie."""
     wins = [0.0] * count
-    for (first, second), vote in zip(pairs, votes, strict=True):
-        share = read.vote(vote)
+    for (first, second), share in shares.items():
         wins[first] += share
         wins[second] += 1 - share
     return wins
@@ -819,6 +843,10 @@ class _Cells:
     def __init__(self, card: DataCard, cells: Mapping[str, Any], where: str):
         self.card, self.cells, self.where = card, cells, where
         self.votes: list[float] = []
+        self.votes_left_out = 0
+        """Of a list of votes, those whose values the card drops."""
+        self.ordered_draws = 0
+        """Pairs that were judged equal, and have an order by what was said of the others."""
         """How probable each judgement makes it that the completion shown first is better."""
 
     def has(self, name: str) -> bool:
@@ -828,12 +856,12 @@ class _Cells:
         theirs = self.card.columns.get(name, name)
         return name if theirs == name else f"{name} ({'column ' * isinstance(theirs, str)}{_written(theirs)})"
 
-    def cell(self, name: str) -> Any:
-        """Return what stands where the card says."""
+    def cell(self, name: str, *, gaps: bool = False) -> Any:
+        """Return what stands where the card says; with `gaps`, None for an element of a list that has it not."""
         theirs = self.card.columns[name]
         if theirs == name and name not in self.cells:
             raise _Broken("missing column", f"{name} is missing in this row")
-        return value_of(theirs, self.cells)
+        return value_of(theirs, self.cells, gaps=gaps)
 
     def text(self, name: str) -> str:
         return _text(self.cell(name), name, self.called(name))
@@ -954,8 +982,8 @@ def _is_within(value: Any, ranges: Sequence[Any]) -> bool:
     except (TypeError, ValueError):
         return False
     for written in ranges:
-        ends = re.fullmatch(r"(-?[\d.]+)\.\.(-?[\d.]+)", written) if isinstance(written, str) else None
-        if ends and float(ends[1]) <= number <= float(ends[2]):
+        ends = range_of(written)
+        if ends and ends[0] <= number <= ends[1]:
             return True
     return False
 

@@ -19,7 +19,8 @@ __all__ = ["import_cards"]
 UNREAD = ("images", "videos", "audios", "tools")
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 """The columns of an entry in alpaca format that names none."""
-SHAREGPT = {"messages": "conversations"}
+MESSAGES = {"sharegpt": "conversations", "openai": "messages"}
+"""The column of an entry in these formats that names none."""
 TAGS = {
     "role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("human", "user", "prompter"),
     "assistant_tag": ("gpt", "assistant"), "system_tag": ("system",),
@@ -27,11 +28,14 @@ TAGS = {
 """How messages may be written, as `examples` reads them."""
 
 
-def import_cards(path: Path, names: Iterable[str], out: Path) -> list[Path]:
-    """Write a data card for each dataset that a dataset_info.json describes, or for those named; return them.
+def import_cards(path: Path, names: Iterable[str], out: Path) -> tuple[list[Path], list[str]]:
+    """Write a data card for each dataset that a dataset_info.json describes, or for those named.
+
+    Returns the cards, and what is said of datasets that cannot be imported, if none was named.
 
     Raises:
-        InputError: it is no such file, has no such dataset, or one has what we do not read; nothing is written then.
+        InputError: it is no such file, has no such dataset, or one that was named, or each of them, has what we do not
+            read; nothing is written then.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -41,7 +45,8 @@ def import_cards(path: Path, names: Iterable[str], out: Path) -> list[Path]:
         raise InputError(f"{path}: is not JSON: {error}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"{path}: is not a dataset_info.json, which names datasets: {{name: {{file_name: ...}}}}")
-    wanted = list(names) or list(entries)
+    named = list(names)
+    wanted = named or list(entries)
     unknown = [f"--name {name}: {path} has no such dataset{did_you_mean(name, entries)}" for name in wanted
                if name not in entries]  # fmt: skip
     if unknown:
@@ -51,19 +56,22 @@ def import_cards(path: Path, names: Iterable[str], out: Path) -> list[Path]:
         if not re.fullmatch(r"[\w][\w.-]*", name):
             problems.append(f"{path}: {name!r} cannot be a card's name; use letters, digits, . _ and -")
             continue
+        card = out / f"{name}.md"
         try:
-            cards[out / f"{name}.md"] = _card(name, entries[name], path)
+            text = _card(name, entries[name], path)
         except InputError as error:
             problems += [f"{path}: {name}: {problem}" for problem in error.problems]
-    problems += [
-        f"{card}: is there already; remove it, or write elsewhere with --out" for card in cards if card.exists()
-    ]
-    if problems:
+            continue
+        if card.exists():
+            problems.append(f"{card}: is there already; remove it, or write elsewhere with --out")
+            continue
+        cards[card] = text
+    if problems and (named or not cards):
         raise InputError(problems)
     out.mkdir(parents=True, exist_ok=True)
     for card, text in cards.items():
         card.write_text(text, encoding="utf-8")
-    return list(cards)
+    return list(cards), problems
 
 
 def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
@@ -72,8 +80,10 @@ def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
     if wrong:
         what = {dict: "a mapping", int: "a whole number"}
         raise InputError([f"{name} must be {what[kinds[name]]}; seen {entry[name]!r}" for name in wrong])
-    sharegpt = entry.get("formatting", "alpaca") == "sharegpt"
-    columns = entry.get("columns") or (SHAREGPT if sharegpt else ALPACA)
+    style = entry.get("formatting", "alpaca")
+    if style not in ("alpaca", *MESSAGES):
+        raise InputError(f"formatting is {style!r}; known: alpaca, {', '.join(MESSAGES)}")
+    columns = entry.get("columns") or ({"messages": MESSAGES[style]} if style in MESSAGES else ALPACA)
     problems = [f"has {column}, which are not read" for column in UNREAD if columns.get(column)]
     for tag, known in TAGS.items():
         written = (entry.get("tags") or {}).get(tag, known[0])
@@ -81,7 +91,7 @@ def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
             problems.append(f"writes {tag} as {written!r}; known: {', '.join(known)}")
     if problems:
         raise InputError(problems)
-    block = {**_kind_and_columns(entry, columns, sharegpt), "source": _source(entry, path)}
+    block = {**_kind_and_columns(entry, columns, style), "source": _source(entry, path)}
     filters: dict[str, Any] = {}
     if columns.get("kto_tag"):
         filters["where"] = {columns["kto_tag"]: True}
@@ -97,11 +107,11 @@ def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
     )
 
 
-def _kind_and_columns(entry: Mapping[str, Any], columns: Mapping[str, str], sharegpt: bool) -> dict[str, Any]:
+def _kind_and_columns(entry: Mapping[str, Any], columns: Mapping[str, str], style: str) -> dict[str, Any]:
     """Return the kind and the columns of a card's block."""
     prompt: Any
-    if sharegpt:
-        talk = columns.get("messages", SHAREGPT["messages"])
+    if style in MESSAGES:
+        talk = columns.get("messages", MESSAGES[style])
         system = {"system": columns["system"]} if columns.get("system") else {}
         prompt = {**system, "history": talk}
         if not entry.get("ranking"):

@@ -41,6 +41,8 @@ def base_named(name: str) -> Base:
     """
     if name.endswith((".yaml", ".yml")):
         return load_recipe(name).base
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise InputError(f"--base {name}: there is no such folder")
     if Path(name).is_file():
         raise InputError(f"--base {name}: is a file; name a checkpoint's folder, a Hub id or a recipe")
     return Base(model=name)

@@ -121,7 +121,7 @@ Cards = Annotated[
     Annotated[Text, Tag(_ONE)] | Annotated[tuple[Portion, ...], Field(strict=False), Tag(_SEVERAL)],
     Discriminator(lambda written: _SEVERAL if isinstance(written, list | tuple) and written else _ONE),
 ]
-"""A data card, or a list of {card, weight?, cap?}."""
+"""A data card, or a list of cards, each its path or {card, weight?, cap?}."""
 
 
 def cards_of(cards: Cards) -> list[str]:
@@ -444,6 +444,9 @@ def _open_sections(raw: dict[str, Any]) -> dict[str, Any]:
             for name, stage in data["stages"].items()
         }
         for stage in data["stages"].values():
+            for key in ("data", "prompts") if isinstance(stage, dict) else ():
+                if isinstance(stage.get(key), list):  # a card's name alone is a portion without weight and cap
+                    stage[key] = [{"card": card} if isinstance(card, str) else card for card in stage[key]]
             if isinstance(stage, dict) and "checkpoint_every" in stage and stage["checkpoint_every"] is None:
                 stage["checkpoint_every"] = {}
     return data

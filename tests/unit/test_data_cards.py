@@ -259,8 +259,31 @@ def test_cards_that_ship(path, monkeypatch, tmp_path):
     source = front["rlhf_kit"]["source"]
     if isinstance(source, str) and not (ROOT / source).exists():
         (tmp_path / source).parent.mkdir(parents=True)
-        (tmp_path / source.replace("*", "l")).write_text("")
+        (tmp_path / source.replace("json*", "jsonl").replace("jsonl*", "jsonl")).write_text("")
     assert len(load_card(path, tmp_path).text) > 300
+
+
+def test_a_data_root_that_is_not_there(here):
+    """It is told, not passed over."""
+    Path("c.md").write_text("---\nrlhf_kit: {kind: prompts, source: c.jsonl}\n---\n")
+    Path("c.jsonl").write_text("")
+    load_card("c.md")
+    with pytest.raises(InputError, match="nosuch: is no folder"):
+        load_card("c.md", "nosuch")
+
+
+def test_settings_of_a_stage_and_ranges_the_wrong_way_round(here):
+    """Each in one message with its line."""
+    Path("c.jsonl").write_text("")
+    block = "kind: preferences, source: c.jsonl, columns: {first: a, second: b, preferred: p}"
+    for more, said in (
+        ("truncate: drop", "c.md:2: rlhf_kit.truncate: unknown key; it is a setting of a recipe's stage"),
+        ('preferred: {first: "3..1", second: 4}', 'must be ranges from low to high, such as "1..3"'),
+    ):
+        Path("c.md").write_text(f"---\nrlhf_kit: {{{block}, {more}}}\n---\n")
+        with pytest.raises(InputError) as caught:
+            load_card("c.md")
+        assert said in str(caught.value)
 
 
 def test_the_templates_examples_are_cards(here):

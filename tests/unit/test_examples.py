@@ -467,16 +467,20 @@ class TestFiles:
             ("d.json", b'[{"prompt": "a"},\n{"prompt": "b"}', "d.json:2: the list has no end"),
             ("d.json", b'[{"prompt": "a"}] x', "d.json:1: there is more behind the end"),
             ("d.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "d.json:2: not JSON: Expecting ':' delimiter"),
-            ("d.json", b'{"data": [{"prompt": "a"}]}', "d.json:1: there is no column prompt; columns: data"),
+            (
+                "d.json",
+                b'{"data": [{"prompt": "a"}]}',
+                "d.json:1: there is no column prompt: the rows are a list inside the key data",
+            ),
             ("d.csv", b'prompt\n"a', "d.csv:2: not CSV: unexpected end of data; is a quote not closed"),
             ("d.csv", b"prompt,x\na\n", "d.csv:2: 1 cells under a header of 2"),
             ("d.csv", b"prompt,prompt\na,b\n", "d.csv:1: the header names column prompt twice"),
             (
                 "d.csv",
                 b"prompt;x\na;b\n",
-                "d.csv:2: there is no column prompt; did you mean prompt;x? (columns: prompt;x)",
+                "d.csv:2: there is no column prompt, but one called 'prompt;x': save the file with commas",
             ),
-            ("d.jsonl.gz", b"no gzip", "d.jsonl.gz:1: not a sound gzip file: Not a gzipped file"),
+            ("d.jsonl.gz", b"no gzip", "d.jsonl.gz: is not compressed, whatever its name says"),
             (
                 "d.jsonl.gz",
                 gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9],
@@ -632,7 +636,16 @@ class TestRealData:
     @pytest.mark.parametrize(
         ("name", "counts"),
         [
-            ("qa_feedback", {"read": 500, "kept": 500}),
+            ("qa_feedback", {"read": 500, "kept": 500, "noted: judgements of equal, ordered by the others": 54}),
+            (
+                "hh_harmless_test",
+                {
+                    "read": 2312,
+                    "kept": 2303,
+                    "dropped: empty chosen": 4,
+                    "dropped: transcripts differ before the last answer": 5,
+                },
+            ),
             ("polite_answers", {"read": 1100, "kept": 1094, "dropped: chosen equal to rejected": 6}),
         ],
     )

@@ -31,7 +31,7 @@ def rows_of(entry: dict, rows: list[dict]) -> list:
     Path("info").mkdir(exist_ok=True)
     Path("info/rows.json").write_text(json.dumps(rows))
     Path("info/dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json", **entry}}))
-    (card,) = import_cards(Path("info/dataset_info.json"), [], Path("cards"))
+    ((card,), _) = import_cards(Path("info/dataset_info.json"), [], Path("cards"))
     text = card.read_text()
     card.write_text(text.replace("rlhf_kit:\n", "rlhf_kit:\n  heldout: 0\n"))
     found = load_examples(load_card(card)).train
@@ -100,12 +100,36 @@ def test_texts_unpaired_and_samples():
     assert [row.prompt for row in rows_of({"columns": columns, "num_samples": 1}, rows)] == [[user("Add.")]]
 
 
+def test_openai_format():
+    """Messages of role and content in a column messages, where nothing else is said; another format is refused."""
+    (row,) = rows_of({"formatting": "openai"}, [{"messages": [user("Q"), assistant("A")]}])
+    assert (row.prompt, row.completion) == ([user("Q")], "A")
+    columns = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
+    pair = {"messages": [user("Q")], "chosen": assistant("a"), "rejected": assistant("b")}
+    (found,) = rows_of({"formatting": "openai", "ranking": True, "columns": columns}, [pair])
+    assert (found.prompt, found.chosen, found.rejected) == ([user("Q")], "a", "b")
+    with pytest.raises(InputError, match="formatting is 'chatml'; known: alpaca, sharegpt, openai"):
+        rows_of({"formatting": "chatml"}, [])
+
+
+def test_what_can_be_imported_is():
+    """Where no dataset is named, one that cannot be read keeps none of the others back, and is told."""
+    entries = {"good": {"file_name": "x"}, "seen": {"file_name": "x", "columns": {"prompt": "p", "images": "i"}}}
+    Path("i.json").write_text(json.dumps(entries))
+    cards, left_out = import_cards(Path("i.json"), [], Path("cards"))
+    assert cards == [Path("cards/good.md")] and Path("cards/good.md").is_file()
+    assert left_out == ["i.json: seen: has images, which are not read"]
+    with pytest.raises(InputError, match="has images"):
+        import_cards(Path("i.json"), ["good", "seen"], Path("others"))
+    assert not Path("others").exists()
+
+
 def test_hub_datasets():
     """Repository, configuration, split and folder; the revision is for a person to pin."""
     Path("i.json").write_text(json.dumps({
         "far": {"hf_hub_url": "owner/name", "subset": "c", "split": "train", "folder": "d"}, "other": {}
     }))  # fmt: skip
-    (card,) = import_cards(Path("i.json"), ["far"], Path("cards"))
+    ((card,), _) = import_cards(Path("i.json"), ["far"], Path("cards"))
     assert load_card(card).sources == HubSource("owner/name", "main", "c", "train", "d", None)
 
 

@@ -39,7 +39,7 @@ def load(*arguments: object, **named: str):
 
 def write_recipe(data: str, stage: str = "sft") -> None:
     """Write the recipe with other cards for a stage."""
-    old = {"sft": "data: shown.md", "ppo": "prompts: asked.md"}[stage]
+    old = {"sft": "data: shown.md", "reward": "data: pairs.md", "ppo": "prompts: asked.md"}[stage]
     Path("recipe.yaml").write_text(RECIPE.replace(old, f"{old.split()[0]} {data}"))
 
 
@@ -106,6 +106,23 @@ class TestRecipes:
         assert f"{train:,} rows to train on" in made.lines[mixture]
         assert any("left out: " in line and "cap of more" in line for line in made.lines[mixture + 1 :])
 
+    def test_a_name_alone_is_a_card(self, workplace):
+        """Without weight and cap."""
+        write_recipe("[shown.md, {card: more.md, cap: 100}]")
+        cards = load_recipe("recipe.yaml").stages["sft"].data
+        assert cards == (Portion(card="shown.md"), Portion(card="more.md", cap=100))
+
+    def test_pairs_and_rankings(self, workplace):
+        """They mix: a pair is a ranking of two."""
+        rows = [{"prompt": f"R{n}", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]} for n in range(4)]
+        write_jsonl(Path("ranked.jsonl"), rows)
+        Path("ranked.md").write_text("---\nrlhf_kit: {kind: rankings, source: ranked.jsonl}\n---\n")
+        write_recipe("[pairs.md, {card: ranked.md, weight: 2}]", "reward")
+        recipe = load_recipe("recipe.yaml")
+        found = plan(recipe).examples[recipe.stages["reward"].data]
+        assert {type(row).__name__ for row in found.train} == {"Preference", "Ranking"}
+        assert any("rows x" in line for line in check_recipe(recipe) if "reward: reward" in line)
+
     def test_prompts_of_several_kinds(self, workplace):
         """Prompts are taken from each card, each once."""
         write_recipe("[{card: asked.md}, {card: more.md, cap: 10}]", "ppo")
@@ -122,7 +139,8 @@ class TestRecipes:
             ("[{crad: shown.md}]", "stages.sft.data[0].crad: unknown key; did you mean card?"),
             ("[{weight: 2}]", "stages.sft.data[0].card: missing, and has no default: a data card"),
             ("[{card: shown.md, weight: 0}]", "stages.sft.data[0].weight: must be more than 0; seen 0"),
-            ("[shown.md]", "stages.sft.data[0]: must be a mapping; seen"),
+            ("[3]", "stages.sft.data[0]: must be a mapping; seen"),
+            ("[no.md]", "stages.sft.data[0].card: there is no data card no.md"),
             ("3", "stages.sft.data: must be text; seen 3"),
         ],
     )

@@ -362,6 +362,21 @@ class TestPairs:
         }
         block = {"kind": "preferences", "columns": columns, "preferred": {"first": "left", "second": "right"}}
         assert load([task], votes="majority", **block).train == [Preference("Q", "a", "b", "d.json:1")]
+        task["annotations"].append({"id": 9, "was_cancelled": True, "result": []})
+        block["preferred"]["drop"] = [None]
+        found = load([task], votes="majority", **block)
+        assert found.train == [Preference("Q", "a", "b", "d.json:1")]
+        assert found.counts["noted: votes left out, others on the pair counted"] == 1
+        task["annotations"] = task["annotations"][3:]
+        other = {**task, "data": {"prompt": "R", "answer1": "a", "answer2": "b"}, "annotations": [
+            {"result": [{"value": {"selected": "left"}}]}]}  # fmt: skip
+        assert load([task, other], votes="majority", **block).counts["dropped: no vote that counts"] == 1
+
+    def test_equal_ratings_are_a_tie(self):
+        """Also where the columns are called chosen and rejected."""
+        rows = [{"prompt": p, "chosen": "a", "rejected": "b", "ratings": r} for p, r in (("Q", [3, 3]), ("R", [4, 3]))]
+        found = load(rows, kind="preferences", columns={"ratings": "ratings"}).train
+        assert [row.probability for row in found] == [0.5, None]
 
     def test_votes_in_rows_of_their_own(self):
         """One row for each vote, the sides shown either way round; a split vote is a tie."""
