@@ -18,7 +18,7 @@ def test_pairs_and_rankings_teach_one_reward_model(tmp_path):
     recipe = tiny.write_recipe(tmp_path / "mixed.yaml", model, {"reward": stage})
     run = rlhf_kit.run(recipe, out=tmp_path / "run")
     manifest = run.manifests["reward"]
-    counts = manifest["data"]["counts"]
+    counts = manifest["data"]["train"]["read"]
     assert counts["read"] == 64
     assert counts["repeated: weight 2 of ranked"] == 10
     assert run.summary["reward"]["accuracy"] > 0.8
