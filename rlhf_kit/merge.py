@@ -110,7 +110,7 @@ def _write(run: FinishedRun, model: Any, out: Path) -> None:
     text_format = load_text_format(run.recipe.base)
     model.config.use_cache = True
     model.config.pad_token_id = text_format.pad_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # a classifier has none
         model.generation_config.pad_token_id = text_format.pad_id
         model.generation_config.eos_token_id = text_format.end_id
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
