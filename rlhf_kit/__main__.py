@@ -140,12 +140,147 @@ def import_data(
         print(f"left out: {reason}", file=sys.stderr)
 
 
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+
+
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]) -> None:
+def report(run_dir: RunDir) -> None:
     """Write the report of a run, one self-contained page, and print where it is."""
     from rlhf_kit.report import write_report
 
     print(write_report(run_dir))
+
+
+MovedBase = Annotated[
+    str | None, typer.Option("--base", metavar="FOLDER_OR_ID", help="Where the base is now, if it has moved.")
+]
+Temperature = Annotated[float | None, typer.Option(min=1e-3, help="Without it, that of the run's PPO stage.")]
+NewTokens = Annotated[int | None, typer.Option(min=1, help="Of an answer at most; without it, the PPO stage's.")]
+Seed = Annotated[int, typer.Option(help="The same seed draws the same answers.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows that pass through the model together.")]
+RewardName = Annotated[str | None, typer.Option("--stage", metavar="STAGE", help="Without it, what PPO learnt from.")]
+
+
+@app.command()
+def chat(
+    run_dir: RunDir,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="Or `base`; without it the last policy.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Beside what that stage started from.")] = False,
+    plain: Annotated[
+        bool | None, typer.Option("--plain/--dialogue", help="Each line is a whole prompt, or a turn of a dialogue.")
+    ] = None,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    seed: Seed = 0,
+    base: MovedBase = None,
+) -> None:
+    """Talk to a policy of a run; its reward model scores each answer. /help lists what else can be typed."""
+    from rich.console import Console
+
+    from rlhf_kit import chat as chats
+    from rlhf_kit.finished import FinishedRun
+    from rlhf_kit.sampling import ppo_settings
+
+    found = FinishedRun(run_dir, base)
+    name = stage or found.newest_policy()
+    stages = [found.policy(one) for one in ([found.start_of(name), name] if compare else [name])]
+    limit, usual = ppo_settings(found)
+    whole = chats.trained_on_texts(found) if plain is None else plain
+    console = Console(soft_wrap=not compare, highlight=False)
+    print(f"{' and '.join(stages)} of {run_dir}. /help lists commands.", file=sys.stderr)
+    if whole:
+        print("Each line is a whole prompt, as this run was trained on texts; \\n is a line break.", file=sys.stderr)
+    talk = chats.Chat(
+        found,
+        found.reward() if found.has_reward() else None,
+        [chats.Speaker(one) for one in stages],
+        max_new_tokens or limit,
+        temperature or usual,
+        seed,
+        whole,
+        console,
+    )
+    talk.talk(chats.typed_lines(console))
+
+
+@app.command()
+def sample(
+    run_dir: RunDir,
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help=".txt, a data file with `prompt`, or a data card.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the completions go, JSON lines.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Completions for each prompt.")] = 1,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="Or `base`; without it the last policy.")] = None,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    base: MovedBase = None,
+) -> None:
+    """Write completions of a policy for a file of prompts, with the reward model's scores."""
+    from rlhf_kit import sampling
+    from rlhf_kit.artifacts import lines_written
+    from rlhf_kit.finished import FinishedRun
+
+    found = FinishedRun(run_dir, base)
+    asked = sampling.read_prompts(prompts)
+    limit, usual = sampling.ppo_settings(found)
+    written = sampling.sampled(
+        found,
+        found.policy(stage or found.newest_policy()),
+        asked,
+        count=n,
+        limit=max_new_tokens or limit,
+        temperature=temperature or usual,
+        seed=seed,
+        batch_size=batch_size,
+        reward=found.reward() if found.has_reward() else None,
+    )
+    print(f"{out}: {lines_written(out, written)} completions")
+
+
+@app.command()
+def score(
+    run_dir: RunDir,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows {prompt, completion}, or {messages}.")],
+    stage: RewardName = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Without it, to stdout.")] = None,
+    batch_size: BatchSize = 32,
+    base: MovedBase = None,
+) -> None:
+    """Score answers with a run's reward model, in the unit of its reports; JSON lines."""
+    from rlhf_kit import sampling
+    from rlhf_kit.artifacts import json_line, lines_written
+    from rlhf_kit.finished import FinishedRun
+
+    found = FinishedRun(run_dir, base)
+    answers = sampling.read_answers(file)
+    rows = sampling.scored(found, found.reward(stage), answers, batch_size=batch_size)
+    if out is not None:
+        print(f"{out}: {lines_written(out, rows)} scores")
+        return
+    for row in rows:
+        print(json_line(row).decode(), end="")
+
+
+@app.command()
+def merge(
+    run_dir: RunDir,
+    stage: Annotated[str, typer.Option(metavar="STAGE", help="A policy, or a reward model.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    base: MovedBase = None,
+) -> None:
+    """Write a stage as a plain checkpoint: its adapter folded into the base's full-precision weights."""
+    from rlhf_kit.finished import FinishedRun
+    from rlhf_kit.merge import merge as merged
+
+    found = FinishedRun(run_dir, base)
+    difference = merged(found, stage, out)
+    print(f"{out}: {stage} folded into {found.recipe.base.model}, {found.recipe.base.dtype}")
+    print(
+        f"{difference.what} against base and adapter as trained ({found.recipe.base.quantization} quantisation): "
+        f"differ by {difference.largest:.2g} at most, {difference.mean:.2g} on average; their own spread is "
+        f"{difference.spread:.2g}"
+    )
 
 
 def main() -> None:

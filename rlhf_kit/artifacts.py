@@ -106,6 +106,20 @@ def json_line(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
+def lines_written(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Write the lines to a new file, whole or not at all, and return how many there are.
+
+    Raises: InputError when the file is there already, or its folder is not.
+    """
+    if path.exists() or path.is_symlink():
+        raise InputError(f"--out {path}: is there already; name another file.")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}.")
+    made = [json_line(line) for line in lines]
+    write_atomically(path, b"".join(made))
+    return len(made)
+
+
 def truncate_jsonl(path: Path, step: int) -> None:
     """Remove the lines of a JSON-lines file whose "step" is above `step`, and a last line that a crash cut off."""
     if not path.exists():

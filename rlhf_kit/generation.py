@@ -8,7 +8,7 @@ the same completions in any number of processes and after any restart (up to the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.utils import set_seed
@@ -51,10 +51,12 @@ def generate(
     end_id: int,
     pad_id: int,
     temperature: float = 1.0,
+    tell: Callable[[Tensor], None] | None = None,
 ) -> Completions:
     """Return one completion for each prompt, of at most C tokens, its end token included.
 
     uniform: [B, C] numbers in [0, 1), one for every token that may be sampled; they set C.
+    tell: called with the tokens of each step, of the rows that have not ended before.
     A row that has ended leaves the batch, so the steps get cheaper as rows end.
     """
     device = shared.device
@@ -76,6 +78,8 @@ def generate(
             logits = shared.output_head(output.last_hidden_state[:, -1])
             tokens = sample_inverse_cdf(logits, uniform[running, step], temperature)
             ids[running, step] = tokens
+            if tell is not None:
+                tell(tokens)
             lengths[running] = step + 1
             at_end = tokens == end_id
             ended[running[at_end]] = True

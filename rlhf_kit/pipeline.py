@@ -39,9 +39,10 @@ from rlhf_kit.collate import (
 )
 from rlhf_kit.errors import InputError, Interrupted, did_you_mean
 from rlhf_kit.examples import Examples, prompts_of
+from rlhf_kit.finished import FinishedRun, verified_manifest
 from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
-from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml, written_recipe
+from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml
 from rlhf_kit.settings import without_local_paths
 from rlhf_kit.stages import Job, Outcome, StopRequest
 from rlhf_kit.token_cache import tokenised
@@ -112,22 +113,15 @@ def run(
 
 def load(run_dir: Path, stage: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of a finished stage; see `rlhf_kit.load`."""
-    recipe = written_recipe(run_dir / artifacts.RECIPE)
-    if stage not in recipe.stages:
-        raise InputError(f"{run_dir}: has no stage {stage}{did_you_mean(stage, recipe.stages)}")
-    manifest = verified_manifest(run_dir / stage)
-    if manifest is None:
-        raise InputError(f"{run_dir / stage}: is not finished; run the recipe first.")
-    text_format = load_text_format(recipe.base)
-    identity = models.base_identity(recipe.base)
-    if identity["sha256"] != manifest["base"]["sha256"]:
-        raise InputError(f"{recipe.base.model}: has changed since {run_dir / stage} was made on it; put it back.")
-    model = models.load_base(recipe.base, text_format, Accelerator(mixed_precision="no"))
+    run = FinishedRun(run_dir)
+    run.manifest(stage)
+    text_format = run.text_format
+    model = models.load_base(run.recipe.base, text_format, Accelerator(mixed_precision="no"))
     model.config.use_cache = True
     if model.generation_config is not None:
         model.generation_config.pad_token_id = text_format.pad_id
         model.generation_config.eos_token_id = text_format.end_id
-    if isinstance(recipe.stages[stage], RewardStage):
+    if isinstance(run.recipe.stages[stage], RewardStage):
         model = models.classifier(model)
     return models.open_adapter(model, run_dir / stage / "adapter"), text_format.tokenizer
 
@@ -501,22 +495,6 @@ def stage_function(settings: SFTStage | RewardStage | PPOStage) -> Callable[[Job
     from rlhf_kit.stages import ppo
 
     return ppo.run
-
-
-def verified_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return a finished stage's manifest, None where it is not finished.
-
-    Raises:
-        InputError: files that it lists are missing or changed.
-    """
-    manifest = artifacts.read_manifest(folder)
-    problems = artifacts.changed_files(folder, manifest) if manifest else []
-    if problems:
-        raise InputError(
-            f"{folder}: not as it was when the stage finished: {'; '.join(problems)}. "
-            f"Put the files back, or run the stage anew with --only {folder.name} --fresh."
-        )
-    return manifest
 
 
 # ---------------------------------------------------------------- small things

@@ -1,0 +1,157 @@
+"""A finished run, opened to be used: what its stages made, as frozen roles on one base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from rlhf_kit import artifacts, models
+from rlhf_kit.collate import TextFormat, load_text_format
+from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.models import BASE, SharedBase
+from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, written_recipe
+from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """What a run's completions are scored by, in the unit of its reports."""
+
+    scorer: Scorer
+    mean: float
+    std: float
+
+    def __call__(self, written: Written) -> list[float]:
+        """Return the normalised scores of some completions."""
+        return ((self.scorer(written) - self.mean) / self.std).tolist()
+
+
+class FinishedRun:
+    """The recipe of a run and its finished stages."""
+
+    def __init__(self, folder: Path, base: str | None = None) -> None:
+        """base: where the base is now, if not where the recipe says; its content is compared.
+
+        Raises: InputError when the folder holds no run.
+        """
+        self.folder = folder
+        recipe = written_recipe(folder / artifacts.RECIPE)
+        if base is not None:
+            recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"model": base})})
+        self.recipe: Recipe = recipe
+        self.accelerator = Accelerator(mixed_precision="no")
+        self._format: TextFormat | None = None
+        self._shared: SharedBase | None = None
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """Return the manifest of a finished stage.
+
+        Raises: InputError when there is none, its files were changed, or the base is another one by now.
+        """
+        if stage not in self.recipe.stages:
+            raise InputError(f"{self.folder}: has no stage {stage}{did_you_mean(stage, self.recipe.stages)}")
+        manifest = verified_manifest(self.folder / stage)
+        if manifest is None:
+            raise InputError(f"{self.folder / stage}: is not finished; run the recipe first.")
+        identity = models.base_identity(self.recipe.base)
+        if identity["sha256"] != manifest["base"]["sha256"]:
+            raise InputError(
+                f"{self.recipe.base.model}: is not the base that {self.folder / stage} was made on (content "
+                f"{(identity['sha256'] or 'unknown')[:12]} and {(manifest['base']['sha256'] or 'unknown')[:12]}); put "
+                "it back, or name it with --base."
+            )
+        return manifest
+
+    def policies(self) -> list[str]:
+        """Return the stages that make a policy, in the recipe's order."""
+        return [name for name, stage in self.recipe.stages.items() if isinstance(stage, SFTStage | PPOStage)]
+
+    def last(self, kind: type[SFTStage] | type[RewardStage] | type[PPOStage]) -> str | None:
+        """Return the name of the last stage of a kind."""
+        return next((name for name, stage in reversed(self.recipe.stages.items()) if isinstance(stage, kind)), None)
+
+    def newest_policy(self) -> str:
+        """Return the last finished stage that makes a policy, or the base where there is none."""
+        done = [name for name in self.policies() if artifacts.read_manifest(self.folder / name) is not None]
+        return done[-1] if done else BASE
+
+    def start_of(self, stage: str) -> str:
+        """Return what a policy started from: a PPO stage's SFT policy, else the base."""
+        settings = self.recipe.stages.get(stage)
+        return settings.policy if isinstance(settings, PPOStage) else BASE
+
+    def has_reward(self) -> bool:
+        """Return whether something finished scores completions."""
+        last, reward = self.last(PPOStage), self.last(RewardStage)
+        settings = self.recipe.stages[last] if last else None
+        name = settings.reward if isinstance(settings, PPOStage) else reward
+        where = name if name in self.recipe.stages else last
+        return where is not None and artifacts.read_manifest(self.folder / where) is not None
+
+    @property
+    def text_format(self) -> TextFormat:
+        """The base's tokenizer and how texts become tokens."""
+        if self._format is None:
+            self._format = load_text_format(self.recipe.base)
+        return self._format
+
+    @property
+    def shared(self) -> SharedBase:
+        """The base that the roles are on, loaded when it is first asked for."""
+        if self._shared is None:
+            base = models.load_base(self.recipe.base, self.text_format, self.accelerator)
+            self._shared = SharedBase(base, self.recipe.base)
+        return self._shared
+
+    def policy(self, stage: str) -> str:
+        """Return the role of a stage's policy, or of the base, added to the shared base.
+
+        Raises: InputError when the stage makes none, or is not finished.
+        """
+        if stage == BASE:
+            return BASE
+        manifest = self.manifest(stage)
+        if stage not in self.policies():
+            wanted = ", ".join([BASE, *self.policies()])
+            raise InputError(f"{stage}: is a stage of kind {manifest['kind']}, which writes nothing; use {wanted}.")
+        self.shared.add(stage, self.folder / stage / "adapter")
+        return stage
+
+    def reward(self, stage: str | None = None) -> RewardModel:
+        """Return the reward model of a stage, or the one that the last PPO stage learns from.
+
+        Raises: InputError when there is none, or it is not finished.
+        """
+        last = self.last(PPOStage)
+        settings = self.recipe.stages[last] if last else None
+        if stage is None and isinstance(settings, PPOStage) and settings.reward not in self.recipe.stages:
+            unit = self.manifest(last)["score_normalisation"] if last else {}
+            return RewardModel(external_scorer(settings.reward, self.shared.device), unit["mean"], unit["std"])
+        name = stage or (settings.reward if isinstance(settings, PPOStage) else self.last(RewardStage))
+        if name is None:
+            raise InputError(f"{self.folder}: has no reward stage, so nothing scores its completions.")
+        manifest = self.manifest(name)
+        if not isinstance(self.recipe.stages[name], RewardStage):
+            raise InputError(f"{name}: is a stage of kind {manifest['kind']}; a stage of kind reward gives scores.")
+        scorer = add_reward_role(self.shared, f"reward model {name}", self.folder / name / "adapter")
+        unit = manifest["score_normalisation"]
+        return RewardModel(scorer, unit["mean"], unit["std"])
+
+
+def verified_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a finished stage's manifest, None where it is not finished.
+
+    Raises:
+        InputError: files that it lists are missing or changed.
+    """
+    manifest = artifacts.read_manifest(folder)
+    problems = artifacts.changed_files(folder, manifest) if manifest else []
+    if problems:
+        raise InputError(
+            f"{folder}: not as it was when the stage finished: {'; '.join(problems)}. "
+            f"Put the files back, or run the stage anew with --only {folder.name} --fresh."
+        )
+    return manifest
