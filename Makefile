@@ -25,7 +25,7 @@ lint: .venv/.installed-checks  ## style and types
 	$(BIN)/mypy
 
 docs: .venv/.installed-checks  ## the documentation as a site, in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 soak: .venv/.installed-checks  ## an hour of kills, faults and bad input; ARGS="--minutes 5 --seed 2" for others
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
