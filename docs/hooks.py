@@ -255,7 +255,9 @@ def kind(field: Mapping[str, Any], schema: Mapping[str, Any], names: Mapping[str
         if "discriminator" in field:
             return " or ".join(kind(one, schema, names) for one in field["oneOf"])
         name = field["$ref"].rpartition("/")[2]
-        return f"[{names[name]}](#{anchor(names[name])})" if name in names else name
+        if name not in names:
+            raise PluginError(f"docs/hooks.py: no section of the reference has the keys of {name}")
+        return f"[{names[name]}](#{anchor(names[name])})"
     for several in ("anyOf", "oneOf"):
         if several in field:
             return " or ".join(dict.fromkeys(kind(one, schema, names) for one in field[several]))

@@ -18,12 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 import yaml
+from accelerate import Accelerator
+from torch import nn
 
 from rlhf_kit.__main__ import app
 from rlhf_kit.check import check_recipe
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.collate import load_text_format
+from rlhf_kit.models import add_adapter, load_base
+from rlhf_kit.recipe import Adapter, Base, load_recipe
 from tests import tiny
 from tests.end_to_end import chain
 
@@ -195,3 +200,27 @@ def test_figures_of_a_summary_are_explained(workplace, run_once):
     summary = json.loads((workplace / "runs" / "quickstart" / "summary.json").read_text())
     keys = {*summary["reward"], *summary["systems"]["ppo"], *summary["win_rate"]["ppo/sft"]} - {"pairs", "prompts"}
     assert sorted(key for key in keys if not re.search(rf"[`.]{key}`", PAGES["report.md"])) == []
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_a_base_takes_what_the_page_says(quantization):
+    """The quickstart's base, loaded, has the bytes that docs/hardware.md computes, and its adapters have w weights."""
+    settings = Base(model=str(chain.ROOT / "rlhf_kit" / "quickstart" / "checkpoint"), quantization=quantization)
+    model = load_base(settings, load_text_format(settings), Accelerator(cpu=True))
+    kept = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()  # tied ones once
+    taken = sum(parameter.nbytes for parameter in kept)
+    for parameter in kept:
+        taken += getattr(parameter, "SCB", torch.empty(0)).nbytes  # of 8 bit, a scale an output
+        state = getattr(parameter, "quant_state", None)
+        taken += state.absmax.nbytes if state is not None else 0  # of 4 bit, a scale a block
+    head = model.get_output_embeddings()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    n = sum(layer.in_features * layer.out_features for layer in layers)
+    outputs = sum(layer.out_features for layer in layers)
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    norms = width * (2 * model.config.num_hidden_layers + 1)
+    o = width * vocabulary + norms  # its head is tied
+    assert taken == {"none": 4 * (n + o), "8bit": n + 4 * o + 4 * outputs, "4bit": 0.5625 * n + 4 * o}[quantization]
+    w = sum(16 * (layer.in_features + layer.out_features) for layer in layers)
+    adapted = add_adapter(model, Adapter(r=16), "CAUSAL_LM", init=None, seed=0, base=settings)
+    assert sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name) == w

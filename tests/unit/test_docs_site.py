@@ -202,6 +202,25 @@ def test_defaults_in_the_comparison_are_ours():
         assert float(number.replace(",", "")) == stage[key].default, key
 
 
+def test_computed_sizes_follow_from_the_formulas():
+    """The table of docs/hardware.md is what its formulas give for the shapes that stand in it."""
+    head = "| base | layers |"
+    lines = PAGES["hardware.md"][PAGES["hardware.md"].index(head) :].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 3
+    for line in lines:
+        _, *shape, tied, n, o, w, in_8_bit, in_4_bit, adapters = (cell.strip() for cell in line.strip("|").split("|"))
+        layers, width, inner, kv_width, vocabulary = map(int, shape)
+        linear = [(width, width), (width, kv_width), (width, kv_width), (width, width)]
+        linear += [(width, inner), (width, inner), (inner, width)]  # a Llama's: q, k, v, o; gate, up, down
+        weights = layers * sum(inputs * outputs for inputs, outputs in linear)
+        others = vocabulary * width * (1 if tied == "yes" else 2)
+        adapter = layers * 16 * sum(inputs + outputs for inputs, outputs in linear)
+        assert (n, o, w) == tuple(f"{count / 1e6:.1f}" for count in (weights, others, adapter))
+        assert in_8_bit == f"{(weights + 2 * others) / 1e9:.2f}"
+        assert in_4_bit == f"{(0.5625 * weights + 2 * others) / 1e9:.2f}"
+        assert adapters == f"{40 * adapter / 1e9:.2f}"
+
+
 def test_messages_quoted_in_troubleshooting_are_said():
     """What the page tells to look for is what the program says."""
     source = "\n".join(path.read_text() for path in (ROOT / "rlhf_kit").rglob("*.py"))
