@@ -166,8 +166,11 @@ class Preferred(Settings):
     """What the values of a column that names the better completion mean; "0.5..3" is a range with both ends."""
 
     first: Values
+    """Values that mean that the first completion is the better one."""
     second: Values
+    """Values that mean that the second one is."""
     tie: Values = Field(default=[])
+    """Values that mean that neither is."""
     drop: Values = Field(default=[])
     """Values whose rows are left out, and counted."""
 
@@ -217,29 +220,52 @@ InDataset = BeforeValidator(_in_the_dataset)
 
 class _HubSettings(Settings):
     hub: Annotated[str, matching(HUB_ID, "a Hub dataset, written owner/name")]
+    """The dataset, owner/name."""
     revision: Text
+    """The commit or tag to read."""
     config: Text | None = None
+    """One of its configurations."""
     split: Text = "train"
+    """The split to train on."""
     data_dir: Annotated[Text | None, InDataset] = None
+    """A folder inside the dataset."""
     data_files: Annotated[TextOrTexts | None, InDataset] = None
+    """Files inside the dataset."""
     streaming: bool = False
+    """Read rows as they come and keep no copy of the dataset."""
 
 
 class _Block(Settings):
     kind: Kind
+    """What a row is."""
     source: Any
+    """A file, a pattern of names, a list of files, or a dataset on the Hub {hub, revision, ...}. Files are looked for
+    in the recipe's data_root, beside the card, then in the working directory."""
     format: Literal["hh", "common_prefix", "threads"] | None = None
+    """hh: transcripts "Human: ... Assistant: ..." of which the last answer is the completion; common_prefix: chosen and
+    rejected begin with the prompt; threads: a row is a message that names the one it answers."""
     columns: dict[str, _Column] = Field(default={})
+    """Our name: where the value stands in a row. Names that agree need not be listed."""
     templates: dict[str, Text] = Field(default={})
+    """Name: a prompt over several columns; each row draws one, by its content."""
     preferred: Preferred | None = None
+    """What the values of the column `preferred`, or of `comparisons`, mean."""
     votes: Literal["majority", "probability"] | None = None
+    """What becomes of several votes on one pair; null keeps each as a row."""
     scale: Scale | None = None
+    """The lowest and the highest rating there is, [1, 7]; others are errors."""
     margin_per_point: Positive | None = None
+    """Margin of a pair for each point between the two ratings."""
     heldout: Any = 0.1
+    """What is kept for evaluation: a share of the prompts, chosen by hash, or a file, or the name of a split."""
     shared_prompts: Literal["error", "drop"] = "error"
+    """What becomes of held-out rows whose prompt is trained on, where heldout is a file or split."""
     filters: Filters = Filters()
+    """Which rows are taken."""
     on_problem: Literal["error", "drop"] = "error"
+    """What becomes of rows that break a rule: the run stops and shows them, or they are left out and counted."""
     special_tokens: SpecialTokens = "escape"
+    """What becomes of text that spells a special token: it stays text, it is an error, or it becomes that token."""
 
 
 NEEDED: Mapping[tuple[str, ...], str] = {

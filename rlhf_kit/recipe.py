@@ -78,6 +78,7 @@ class Base(Settings):
     revision: Text = "main"
     """Branch, tag or commit of a Hub model; of no effect on a local folder."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
+    """How the frozen weights are held: as they are, in 8 bit (int8), or in 4 bit (NF4)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights that are not quantised, and of the arithmetic."""
     trust_remote_code: bool = False
@@ -90,9 +91,11 @@ class Adapter(Settings):
     """The shape of every LoRA adapter of the run."""
 
     r: Count = 16
+    """Rank: an adapted layer gets r x (inputs + outputs) weights."""
     alpha: Positive = 32.0
     """Updates are scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of what goes into an adapter, in sft and reward stages; ppo has none, so that its first ratio is 1."""
     target_modules: TextOrTexts = "all-linear"
     """all-linear, a list of module names, or one regular expression."""
 
@@ -103,6 +106,7 @@ class CheckpointEvery(Settings):
     updates: Count | None = 20
     """Of sft and reward stages, optimizer steps."""
     minutes: Positive | None = 10.0
+    """Since the last checkpoint."""
 
 
 class Portion(Settings):
@@ -133,6 +137,7 @@ class _Stage(Settings):
     """What every kind of stage has."""
 
     checkpoint_every: CheckpointEvery = CheckpointEvery()
+    """How often what was done is saved."""
     keep_checkpoints: bool = False
     """Keep all of them, also when the stage is finished."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -143,6 +148,7 @@ class _Stage(Settings):
 
 class _Training(_Stage):
     epochs: Positive = 1.0
+    """Passes over the rows; 0.5 is half of one."""
     max_steps: Count | None = None
     """Optimizer steps; set, it takes the place of epochs."""
     batch_size: Count = 16
@@ -151,11 +157,15 @@ class _Training(_Stage):
     """Sequences (reward: prompts, of the longest) per forward and backward pass of one process; halved when memory runs
     out, which changes no step."""
     learning_rate: LearningRate = 2e-4
+    """Of AdamW, at its peak."""
     schedule: Schedule = "cosine"
+    """How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all."""
     warmup_fraction: Fraction = 0.03
     """Of the optimizer steps."""
     weight_decay: NonNegative = 0.0
+    """AdamW's."""
     max_grad_norm: Positive = 1.0
+    """A longer gradient is shortened to this."""
     max_length: Count | None = None
     """Tokens per row, prompt and completion together; null is the base model's context."""
     truncate: Truncate = "error"
@@ -166,6 +176,7 @@ class SFTStage(_Training):
     """Supervised finetuning on demonstrations; the loss is on completion tokens."""
 
     kind: Literal["sft"]
+    """Says which of the kinds of stage this is."""
     init: Text | None = None
     """An earlier sft stage whose adapter this one goes on from."""
     data: Cards
@@ -180,6 +191,7 @@ class RewardStage(_Training):
     """
 
     kind: Literal["reward"]
+    """Says which of the kinds of stage this is."""
     init: Text | None = None
     """An earlier sft stage whose adapter the reward adapter starts as a copy of."""
     data: Cards
@@ -204,12 +216,14 @@ class RewardStage(_Training):
     ensemble_score: Literal["mean", "worst", "lower"] = "mean"
     """Of the members' normalised scores: the mean, the least, or the mean less `ensemble_k` standard deviations."""
     ensemble_k: NonNegative = 1.0
+    """Of `lower`: how many standard deviations over the members are taken off."""
 
 
 class PPOStage(_Stage):
     """PPO on the reward model's score, with a KL penalty towards the policy it starts from."""
 
     kind: Literal["ppo"]
+    """Says which of the kinds of stage this is."""
     policy: Text
     """An earlier sft or ppo stage: where the policy starts, and the KL reference."""
     reward: Text
@@ -223,6 +237,7 @@ class PPOStage(_Stage):
     kl_horizon: Positive = 10_000.0
     """Completions over which the adaptive coefficient moves."""
     updates: Count = 40
+    """How often completions are sampled and learnt from."""
     batch_size: Count = 64
     """Completions per update, over all processes."""
     epochs: Count = 4
@@ -232,22 +247,33 @@ class PPOStage(_Stage):
     microbatch: Count = 16
     """Completions per forward pass of one process."""
     max_new_tokens: Count = 64
+    """Tokens of a completion, its end token included."""
     temperature: Positive = 1.0
+    """Of sampling, and of every log-probability. Nothing else shapes the distribution: no top-k, no top-p."""
     truncate: Truncate = "error"
     """What becomes of prompts that leave no room for `max_new_tokens`."""
     learning_rate: LearningRate = 1e-4
+    """Of the policy's AdamW, at its peak."""
     value_learning_rate: LearningRate | None = None
     """null is `learning_rate`; of an adapter that times epochs / value_epochs, so that fewer steps go as far."""
     schedule: Schedule = "linear"
+    """How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all."""
     warmup_updates: Annotated[int, Field(ge=0)] = 3
+    """Over which the rate rises."""
     weight_decay: NonNegative = 0.0
+    """AdamW's."""
     max_grad_norm: Positive = 1.0
+    """A longer gradient is shortened to this."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of what later tokens earn."""
     lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation: 0 trusts the value function, 1 what was earned."""
     clip: Positive = 0.2
     """The policy ratio's distance from 1 beyond which the objective is flat."""
     value_clip: Positive = 0.2
+    """How far from its value at sampling time a value may move before the loss is flat."""
     value_coef: NonNegative = 0.1
+    """Weight of the value loss."""
     value: Literal["adapter", "trunk"] = "adapter"
     """adapter: its own adapter and head, started from the reward adapter. trunk: a head on the policy's trunk."""
     value_epochs: Count | None = None
@@ -258,7 +284,9 @@ class PPOStage(_Stage):
     normalize_score: bool = True
     """Use the mean and standard deviation that the reward stage left."""
     whiten_scores: bool = False
+    """Divide the scores of each update by their standard deviation; their mean stays."""
     whiten_advantages: bool = True
+    """Bring the advantages of each update to mean 0 and variance 1."""
     score_clip: Positive | None = None
     """Scores are held within plus and minus this."""
     kl_budget: Positive | None = None
@@ -279,8 +307,9 @@ class Evaluation(Settings):
     count: Count = 256
     """Prompts, at most."""
     batch_size: Count = 64
+    """Prompts answered at a time."""
     gold: Function | None = None
-    """A scorer package.module:function that no stage trains on."""
+    """A scorer package.module:function that no stage trains on: (prompts, completions) to numbers."""
     max_new_tokens: Count | None = None
     """null is the ppo stage's."""
 
@@ -289,7 +318,9 @@ class Publish(Settings):
     """Where `push` takes the run."""
 
     repo: Annotated[str, matching(HUB_ID, "owner/name on the Hub")]
+    """owner/name on the Hub."""
     private: bool = True
+    """Whether a new repository is visible to you alone."""
 
 
 @dataclass(frozen=True)
@@ -304,17 +335,23 @@ class Recipe(Settings):
     """A whole run. Paths in it open from the working directory."""
 
     name: Annotated[str, matching(NAME, "letters, digits, '.', '_', '-', the first a letter or digit; 96 at most")]
-    """The run directory is runs/<name>."""
+    """The run directory is runs/<name>. Letters, digits, `.`, `_` and `-`, 96 at most, the first a letter or digit."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Everything random follows from it."""
     data_root: Text | None = None
     """A folder in which the cards' relative sources are looked for first."""
     base: Base
+    """The checkpoint; required."""
     adapter: Adapter = Adapter()
+    """One shape for all adapters."""
     stages: Annotated[dict[str, Stage], Field(min_length=1)]
     """In the order in which they run; a stage may name only earlier ones."""
     evaluation: Evaluation = Evaluation()
+    """What the closing table is measured on."""
     publish: Publish | None = None
+    """Where the run goes on the Hub; null: nowhere."""
     trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[])
+    """Where metrics go besides `metrics.jsonl`."""
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 

@@ -13,7 +13,8 @@ from rlhf_kit.audit import audit
 from rlhf_kit.data_cards import HubSource, load_card
 from rlhf_kit.examples import load_examples
 from rlhf_kit.marked_yaml import write_yaml
-from tests.unit.test_public_formats import ARENA, HELPSTEER, SUMMARY, ULTRA, TestThreads, assistant, user
+from tests.unit import test_public_formats as formats  # whole: a test class imported by name would run here too
+from tests.unit.test_public_formats import ARENA, HELPSTEER, SUMMARY, ULTRA, assistant, user
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -59,7 +60,7 @@ ROWS = {
         {"question": "Q", "answers": [{"text": str(n), "pm_score": n} for n in range(11)]}
     ],
     "dev_feedback.json": [{"question": "Q", **{f"prediction {n}": str(n) for n in range(1, 5)}, "preference": [1] * 6}],
-    "OpenAssistant/oasst1": TestThreads.ROWS,
+    "OpenAssistant/oasst1": formats.TestThreads.ROWS,
     "trl-lib/kto-mix-14k": [
         {"prompt": [user("Q")], "completion": [assistant(text)], "label": text == "a"} for text in "ab"
     ],
