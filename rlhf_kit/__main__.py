@@ -15,10 +15,10 @@ from typing import Annotated
 
 import typer
 
-from rlhf_kit.errors import Diverged, InputError, Interrupted, OutOfRoom
+from rlhf_kit.errors import Diverged, InputError, Interrupted, NotPushed, OutOfRoom
 
 FAILED, INPUT_IS_WRONG, STOPPED = 1, 2, 75
-EXIT_CODES = {Diverged: FAILED, OutOfRoom: FAILED, InputError: INPUT_IS_WRONG, Interrupted: STOPPED}
+EXIT_CODES = {Diverged: FAILED, NotPushed: FAILED, OutOfRoom: FAILED, InputError: INPUT_IS_WRONG, Interrupted: STOPPED}
 LIBRARIES = "accelerate|bitsandbytes|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl"
 
 app = typer.Typer(
@@ -283,12 +283,34 @@ def merge(
     )
 
 
+@app.command()
+def push(
+    run_dir: RunDir,
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="The repository; it is made if there is none.")],
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="Whose policy; without it the last one.")] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is made now.")] = True,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Another branch than main.")] = None,
+    base: MovedBase = None,
+) -> None:
+    """Push a run to the Hub: adapters, manifests, recipe, data cards and a model card. The token is your login's."""
+    from rlhf_kit.finished import FinishedRun
+    from rlhf_kit.publish import push as pushed
+
+    found = pushed(
+        FinishedRun(run_dir, base), repo, stage=stage, private=private, create_pr=create_pr, revision=revision
+    )
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{found.url} {'at' if found.new else 'has it already, at'} commit {found.commit}")
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     quiet_libraries()
     try:
         app(prog_name="rlhf-kit")
-    except (Diverged, InputError, Interrupted, OutOfRoom) as error:
+    except (Diverged, InputError, Interrupted, NotPushed, OutOfRoom) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once for each process
             print(error, file=sys.stderr)
         sys.exit(EXIT_CODES[type(error)])

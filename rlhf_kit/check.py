@@ -457,8 +457,6 @@ def _notes(recipe: Recipe, base: ModelFolder | None, examples: Mapping[Cards, Ex
     notes = list(_leaks(recipe, examples))
     if base is not None:
         notes += _length_notes(recipe, base, examples)
-    if recipe.publish is not None:
-        notes.append(f"{recipe.where('publish')}: this version does not push; the run stays on this machine")
     return notes
 
 

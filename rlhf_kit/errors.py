@@ -52,6 +52,10 @@ class OutOfRoom(Exception):
     """The machine has no more memory, or takes no more files; what was finished is kept. Ends with exit code 1."""
 
 
+class NotPushed(Exception):
+    """The Hub could not be reached or did not take a push; the run is as it was. Ends with exit code 1."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown `word`: the nearest known one, or all of them if none is near."""
     names = sorted({str(name) for name in known})

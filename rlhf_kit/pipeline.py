@@ -37,12 +37,12 @@ from rlhf_kit.collate import (
     tokenise_demonstrations,
     tokenise_prompts,
 )
-from rlhf_kit.errors import InputError, Interrupted, did_you_mean
+from rlhf_kit.errors import InputError, Interrupted, NotPushed, did_you_mean
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
 from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
-from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml
+from rlhf_kit.recipe import Cards, PPOStage, Publish, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml
 from rlhf_kit.settings import without_local_paths
 from rlhf_kit.stages import Job, Outcome, StopRequest
 from rlhf_kit.token_cache import tokenised
@@ -108,6 +108,8 @@ def run(
             summary = pipeline.summarise()
         except Interrupted as error:
             raise Interrupted(f"{error}; to go on:\n  {_again(recipe_path, overrides, out, only)}") from error
+        if summary is not None and recipe.publish is not None and accelerator.is_main_process:
+            _publish(folder, recipe.publish)
         return Run(recipe, folder, pipeline.finished(), summary)
 
 
@@ -124,6 +126,25 @@ def load(run_dir: Path, stage: str) -> tuple[PeftModel, PreTrainedTokenizerBase]
     if isinstance(run.recipe.stages[stage], RewardStage):
         model = models.classifier(model)
     return models.open_adapter(model, run_dir / stage / "adapter"), text_format.tokenizer
+
+
+def _publish(folder: Path, wanted: Publish) -> None:
+    """Push a finished run as its recipe asks; that this fails does not make the run a failed one."""
+    from rlhf_kit.publish import push
+
+    try:
+        pushed = push(FinishedRun(folder), wanted.repo, private=wanted.private)
+    except (InputError, NotPushed) as error:
+        say(f"publish: {error}")
+        visible = "private" if wanted.private else "public"
+        say(
+            f"publish: the run is finished and not pushed; to push it:\n  "
+            f"rlhf-kit push {shlex.quote(str(folder))} --repo {wanted.repo} --{visible}"
+        )
+        return
+    for warning in pushed.warnings:
+        say(f"publish: {warning}")
+    say(f"publish: {pushed.url} {'at' if pushed.new else 'has it already, at'} commit {pushed.commit}")
 
 
 def leave() -> None:

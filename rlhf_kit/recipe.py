@@ -81,6 +81,8 @@ class Base(Settings):
     """How the frozen weights are held: as they are, in 8 bit (int8), or in 4 bit (NF4)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights that are not quantised, and of the arithmetic."""
+    hub_id: Annotated[str, matching(HUB_ID, "owner/name on the Hub")] | None = None
+    """What a local folder is called on the Hub, for those who load a published adapter."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint; a Hub model then needs `revision` to be a 40-digit commit."""
     chat_template: Text | None = None

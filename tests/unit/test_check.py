@@ -242,10 +242,3 @@ def test_functions_are_looked_for(workplace):
     Path("mine.py").write_text("raise SystemExit('imported')")
     lines("stages.ppo.reward=mine:score", "evaluation.gold=mine.inner:gold")
     assert len(problems("stages.ppo.reward=not_mine_at_all:score", "evaluation.gold=nor_this:gold")) == 2
-
-
-def test_a_wish_to_publish_is_answered(workplace):
-    """What this version does not do, it says."""
-    with Path("recipe.yaml").open("a") as file:
-        file.write("\npublish: {repo: me/mine}\n")
-    assert any("publish: this version does not push" in line for line in lines().values())

@@ -1,0 +1,303 @@
+"""A finished run as one repository of the Hub: `rlhf-kit push`, and `publish:` of a recipe.
+
+The policy's adapter lies at the root, so that peft alone loads it; the other adapters lie in folders named as their
+stages, beside the manifests. What is sent is chosen by name, never by what happens to lie there, and is searched for
+secrets and local paths first. The same run makes the same files: pushing it twice makes one commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from rlhf_kit import artifacts
+from rlhf_kit.data_cards import HubSource, load_card
+from rlhf_kit.errors import InputError, NotPushed, first_line
+from rlhf_kit.finished import FinishedRun
+from rlhf_kit.marked_yaml import write_yaml
+from rlhf_kit.model_card import model_card
+from rlhf_kit.recipe import cards_of
+from rlhf_kit.settings import without_local_paths
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
+RUN_FILES = (artifacts.ENVIRONMENT, artifacts.SUMMARY, "eval.json", artifacts.REPORT)
+OF_A_NEW_REPOSITORY = {".gitattributes", "README.md"}
+SECRETS = {
+    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "an OpenAI key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
+    "an AWS key": re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "a home folder": re.compile(r"(/home/|/Users/|[A-Z]:\\+Users\\+)[^/\\\s\"']+"),
+}
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+SHORTEST_SECRET = 8  # characters; a shorter value would be found in any text
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a run went."""
+
+    url: str
+    commit: str
+    new: bool
+    """Whether there was anything to commit."""
+    warnings: tuple[str, ...]
+
+
+def push(
+    run: FinishedRun,
+    repo: str,
+    *,
+    stage: str | None = None,
+    private: bool = True,
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> Pushed:
+    """Push a run, and return where it is. The same command completes a push that was interrupted.
+
+    stage: whose policy lies at the root; None is the last finished one. private: of a repository that is made now.
+
+    Raises:
+        InputError: it cannot be pushed as it is, or not by this user; nothing was committed.
+        NotPushed: the Hub could not be reached, or did not take it.
+    """
+    files, warnings = contents(run, stage or run.newest_policy(), repo)
+    refuse_secrets(files)
+    if constants.HF_HUB_OFFLINE:
+        raise InputError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it and run the same command again.")
+    api = HfApi()
+    with _explained(repo):
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        info = api.model_info(repo, revision=None if create_pr else revision)
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        if not create_pr:
+            _refuse_others_work(repo, names)
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        commit = api.create_commit(
+            repo,
+            operations,
+            commit_message=f"{run.recipe.name}: {stage or run.newest_policy()} and what it was made with",
+            parent_commit=info.sha,
+            revision=None if create_pr else revision,
+            create_pr=create_pr,
+        )
+    where = commit.pr_url or f"{constants.ENDPOINT}/{repo}"
+    return Pushed(where, commit.oid, commit.oid != info.sha, tuple(warnings))
+
+
+# ---------------------------------------------------------------- what is sent
+
+
+def contents(run: FinishedRun, stage: str, repo: str) -> tuple[dict[str, bytes], list[str]]:
+    """Return the files of the repository by their names, and what to warn of.
+
+    Raises: InputError when the stage is no finished policy, or a file is a link.
+    """
+    if stage not in run.policies():
+        raise InputError(f"--stage {stage}: names no policy of {run.folder}; use {', '.join(run.policies())}.")
+    manifests = {
+        name: run.manifest(name)
+        for name in run.recipe.stages
+        if name == stage or artifacts.read_manifest(run.folder / name) is not None
+    }
+    files: dict[str, bytes] = {}
+    for name in manifests:
+        files[f"{name}/{artifacts.MANIFEST}"] = _read(run.folder / name / artifacts.MANIFEST)
+        for path in sorted((run.folder / name).rglob("*")):
+            inside = path.relative_to(run.folder / name)
+            if path.name in ADAPTER_FILES and not any(part == artifacts.CHECKPOINTS for part in inside.parts):
+                content = _adapter_file(run, path)
+                at_root = name == stage and inside.parts[0] == "adapter"
+                files[inside.name if at_root else f"{name}/{inside.as_posix()}"] = content
+    for name in RUN_FILES:
+        if (run.folder / name).exists():
+            files[name] = _read(run.folder / name)
+    files |= dict(_tokenizer(run))
+    cards = _cards(run)
+    files |= {f"data_cards/{path.name}": _read(path) for path in cards}
+    files[artifacts.RECIPE] = _recipe(run).encode()
+    card, warnings = model_card(run.recipe, stage, manifests, _summary(run), repo, list(map(_described, cards)))
+    files["README.md"] = card.encode()
+    return files, warnings
+
+
+def _read(path: Path) -> bytes:
+    if path.is_symlink():
+        raise InputError(f"{path}: is a link, and links are not sent; put the file itself there.")
+    return path.read_bytes()
+
+
+def _adapter_file(run: FinishedRun, path: Path) -> bytes:
+    """Return a file of an adapter; its configuration names the base as it is called on the Hub."""
+    content = _read(path)
+    base = run.recipe.base
+    if path.name != "adapter_config.json" or base.hub_id is None:
+        return content
+    revision = None if base.revision == "main" else base.revision
+    config = {**json.loads(content), "base_model_name_or_path": base.hub_id, "revision": revision}
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _tokenizer(run: FinishedRun) -> Iterator[tuple[str, bytes]]:
+    with TemporaryDirectory() as folder:
+        tokenizer = run.text_format.tokenizer
+        tokenizer.name_or_path = run.recipe.base.hub_id or Path(run.recipe.base.model).name
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            yield path.name, path.read_bytes()
+
+
+def _cards(run: FinishedRun) -> list[Path]:
+    names: dict[str, None] = {}
+    for stage in run.recipe.stages.values():
+        for key in ("data", "prompts", "normalize_on"):
+            if cards := getattr(stage, key, None):
+                names |= dict.fromkeys(cards_of(cards))
+    if run.recipe.evaluation.prompts:
+        names[run.recipe.evaluation.prompts] = None
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        raise InputError(f"{missing[0]}: there is no such data card; push where the recipe was run.")
+    return list(map(Path, names))
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Return what the model card tells of a data card."""
+    try:
+        card = load_card(path)
+    except InputError:  # its files are not here, which is no matter for its description
+        return {"name": path.stem, "license": None, "hub": None}
+    hub = card.sources.repo if isinstance(card.sources, HubSource) else None
+    return {"name": card.name, "license": card.metadata.get("license"), "hub": hub}
+
+
+def _recipe(run: FinishedRun) -> str:
+    """Return the resolved recipe as it is for others: the base by its Hub id, cards where the repository has them."""
+    data = run.recipe.model_dump()
+    base = data["base"]
+    base["model"] = base["hub_id"] or base["model"]
+    cards = {name: f"data_cards/{Path(name).name}" for name in map(str, _cards(run))}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [moved(item) for item in value]
+        return cards.get(value, value) if isinstance(value, str) else value
+
+    return write_yaml(without_local_paths(moved(data)))
+
+
+def _summary(run: FinishedRun) -> dict[str, Any]:
+    path = run.folder / artifacts.SUMMARY
+    return artifacts.read_json(path) if path.is_file() else {}
+
+
+def refuse_secrets(files: Mapping[str, bytes]) -> None:
+    """Look for secrets, home folders and values of secret-looking environment variables in what is to be sent.
+
+    Raises: InputError naming file and line of each.
+    """
+    patterns = dict(SECRETS)
+    home = str(Path.home())
+    if len(home) > 1:
+        patterns["your home folder"] = re.compile(re.escape(home) + r"(?![\w.-])")
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
+            patterns[f"the value of {name}"] = re.compile(re.escape(value))
+    problems = []
+    for name, content in sorted(files.items()):
+        if name.endswith(".safetensors"):
+            continue
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
+            found = [what for what, pattern in patterns.items() if pattern.search(line)]
+            problems += [f"{name}:{number}: holds what looks like {what}; it is not sent" for what in found]
+    if problems:
+        raise InputError([*problems, "Nothing was pushed; take it out where it comes from and run the recipe again."])
+
+
+# ---------------------------------------------------------------- what the Hub says
+
+
+def _refuse_others_work(repo: str, names: set[str]) -> None:
+    """Refuse a repository with content that no push of ours has made."""
+    foreign = names - OF_A_NEW_REPOSITORY
+    if foreign and artifacts.RECIPE not in names:
+        raise InputError(
+            f"{repo}: has other content ({', '.join(sorted(foreign)[:3])}); push to a new repository, or propose it to "
+            "this one with --create-pr."
+        )
+
+
+class _explained:
+    """Turns what the Hub, or the way to it, refuses into one message with the next step."""
+
+    def __init__(self, repo: str) -> None:
+        self.repo = repo
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, InputError | NotPushed):
+            return
+        cause: BaseException | None = error
+        while cause is not None:
+            self._raise(cause, error)
+            cause = cause.__cause__ or cause.__context__
+
+    def _raise(self, cause: BaseException, error: Exception) -> None:
+        repo, again = self.repo, "run the same command again, it goes on where it stopped"
+        if isinstance(cause, LocalTokenNotFoundError):
+            raise InputError(f"{repo}: you are not logged in; run `hf auth login`, or set HF_TOKEN.") from error
+        if isinstance(cause, OfflineModeIsEnabled):
+            raise InputError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it.") from error
+        if isinstance(cause, RevisionNotFoundError):
+            raise InputError(f"{repo}: has no such revision; --revision names a branch.") from error
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            status = cause.response.status_code
+            said = first_line(cause)
+            if status == 401:
+                raise InputError(f"{repo}: the Hub does not know this token; run `hf auth login` again.") from error
+            if status == 403:
+                raise InputError(
+                    f"{repo}: this token may not write there; use one with write access to {repo.partition('/')[0]}."
+                ) from error
+            if status == 404 or isinstance(cause, RepositoryNotFoundError):
+                raise InputError(
+                    f"{repo}: the Hub has no such owner, or does not show it to you; mend --repo, or log in as a "
+                    "member."
+                ) from error
+            if status in (409, 412):
+                raise NotPushed(
+                    f"{repo}: was changed by somebody else meanwhile; nothing of theirs was overwritten; look at it, "
+                    f"then {again}."
+                ) from error
+            if status == 429:
+                wait = cause.response.headers.get("Retry-After")
+                when = f"in {wait} seconds" if wait else "later"
+                raise NotPushed(f"{repo}: the Hub takes no more for now; {again}, {when}.") from error
+            if status >= 500:
+                raise NotPushed(f"{repo}: the Hub has trouble of its own (HTTP {status}); {again}.") from error
+            raise NotPushed(f"{repo}: the Hub refuses (HTTP {status}): {said}") from error
+        if isinstance(cause, HTTPError | OSError):
+            raise NotPushed(f"{repo}: the Hub cannot be reached ({first_line(cause)}); {again}.") from error
