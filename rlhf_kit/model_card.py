@@ -19,21 +19,24 @@ def model_card(
     summary: Mapping[str, Any],
     repo: str,
     data: Sequence[Mapping[str, Any]],
+    base_licence: str | None,
 ) -> tuple[str, list[str]]:
     """Return the card of a run whose policy `stage` lies at the root of `repo`, and what to warn of.
 
-    data: name, license and Hub repository of each data card.
+    data: name, license and Hub repository of each data card. base_licence: None where it is not known.
     """
     base = recipe.base
     hub_base = base.hub_id or (None if recipe.is_local_base else base.model)
-    licences = {str(one["license"]) for one in data if one["license"]}
+    licences = {str(one["license"]) for one in data if one["license"]} | ({base_licence} if base_licence else set())
     warnings = []
     unknown = [str(one["name"]) for one in data if one["license"] in (None, "unknown")]
     if unknown:
         warnings.append(f"the licence of {', '.join(unknown)} is not known; say it in the data card")
+    if hub_base is not None and base_licence is None:
+        warnings.append(f"the licence of {hub_base} is not known; look at it")
     if len(licences) > 1:
         warnings.append(
-            f"the data have different licences ({', '.join(sorted(licences))}); which one holds is yours to say"
+            f"base and data have different licences ({', '.join(sorted(licences))}); which one holds is yours to say"
         )
     if hub_base is None:
         warnings.append("the base is a local folder, so nobody else can load the adapter; name it with base.hub_id")

@@ -37,7 +37,7 @@ from rlhf_kit.collate import (
     tokenise_demonstrations,
     tokenise_prompts,
 )
-from rlhf_kit.errors import InputError, Interrupted, NotPushed, did_you_mean
+from rlhf_kit.errors import InputError, Interrupted, NotPushed, did_you_mean, first_line
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
 from rlhf_kit.memory import keep_freed_memory
@@ -134,8 +134,8 @@ def _publish(folder: Path, wanted: Publish) -> None:
 
     try:
         pushed = push(FinishedRun(folder), wanted.repo, private=wanted.private)
-    except (InputError, NotPushed) as error:
-        say(f"publish: {error}")
+    except Exception as error:  # whatever it is, the run is done
+        say(f"publish: {error if isinstance(error, InputError | NotPushed) else first_line(error)}")
         visible = "private" if wanted.private else "public"
         say(
             f"publish: the run is finished and not pushed; to push it:\n  "

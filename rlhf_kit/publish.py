@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -32,12 +32,12 @@ from rlhf_kit.errors import InputError, NotPushed, first_line
 from rlhf_kit.finished import FinishedRun
 from rlhf_kit.marked_yaml import write_yaml
 from rlhf_kit.model_card import model_card
-from rlhf_kit.recipe import cards_of
-from rlhf_kit.settings import without_local_paths
+from rlhf_kit.recipe import cards_of, written_recipe
+from rlhf_kit.settings import HUB_ID, without_local_paths
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
 RUN_FILES = (artifacts.ENVIRONMENT, artifacts.SUMMARY, "eval.json", artifacts.REPORT)
-OF_A_NEW_REPOSITORY = {".gitattributes", "README.md"}
+OF_A_NEW_REPOSITORY = {".gitattributes"}
 SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
     "an OpenAI key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
@@ -78,19 +78,23 @@ def push(
         InputError: it cannot be pushed as it is, or not by this user; nothing was committed.
         NotPushed: the Hub could not be reached, or did not take it.
     """
-    files, warnings = contents(run, stage or run.newest_policy(), repo)
+    if not HUB_ID.fullmatch(repo):
+        raise InputError(f"--repo {repo}: must be owner/name on the Hub.")
+    api = HfApi()
+    base = run.recipe.base.hub_id or (None if run.recipe.is_local_base else run.recipe.base.model)
+    files, warnings = contents(run, stage or run.newest_policy(), repo, _licence(api, base))
     refuse_secrets(files)
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it and run the same command again.")
-    api = HfApi()
     with _explained(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
         info = api.model_info(repo, revision=None if create_pr else revision)
-        names = {sibling.rfilename for sibling in info.siblings or ()}
+        if private and not info.private:
+            raise InputError(f"{repo}: is there already, and everybody can read it; say --public if that is meant.")
         if not create_pr:
-            _refuse_others_work(repo, names)
+            _refuse_others_work(api, run, info)
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         commit = api.create_commit(
             repo,
@@ -107,7 +111,7 @@ def push(
 # ---------------------------------------------------------------- what is sent
 
 
-def contents(run: FinishedRun, stage: str, repo: str) -> tuple[dict[str, bytes], list[str]]:
+def contents(run: FinishedRun, stage: str, repo: str, base_licence: str | None) -> tuple[dict[str, bytes], list[str]]:
     """Return the files of the repository by their names, and what to warn of.
 
     Raises: InputError when the stage is no finished policy, or a file is a link.
@@ -133,9 +137,10 @@ def contents(run: FinishedRun, stage: str, repo: str) -> tuple[dict[str, bytes],
             files[name] = _read(run.folder / name)
     files |= dict(_tokenizer(run))
     cards = _cards(run)
-    files |= {f"data_cards/{path.name}": _read(path) for path in cards}
+    files |= {inside: _read(Path(path)) for path, inside in cards.items()}
     files[artifacts.RECIPE] = _recipe(run).encode()
-    card, warnings = model_card(run.recipe, stage, manifests, _summary(run), repo, list(map(_described, cards)))
+    described = [_described(Path(path)) for path in cards]
+    card, warnings = model_card(run.recipe, stage, manifests, _summary(run), repo, described, base_licence)
     files["README.md"] = card.encode()
     return files, warnings
 
@@ -166,18 +171,25 @@ def _tokenizer(run: FinishedRun) -> Iterator[tuple[str, bytes]]:
             yield path.name, path.read_bytes()
 
 
-def _cards(run: FinishedRun) -> list[Path]:
+def _cards(run: FinishedRun) -> dict[str, str]:
+    """Return where each data card of the recipe lies in the repository, by its path."""
     names: dict[str, None] = {}
     for stage in run.recipe.stages.values():
         for key in ("data", "prompts", "normalize_on"):
-            if cards := getattr(stage, key, None):
-                names |= dict.fromkeys(cards_of(cards))
+            if named := getattr(stage, key, None):
+                names |= dict.fromkeys(cards_of(named))
     if run.recipe.evaluation.prompts:
         names[run.recipe.evaluation.prompts] = None
     missing = [name for name in names if not Path(name).is_file()]
     if missing:
         raise InputError(f"{missing[0]}: there is no such data card; push where the recipe was run.")
-    return list(map(Path, names))
+    cards: dict[str, str] = {}
+    for name in names:
+        stem, number = Path(name).stem, 1
+        while (inside := f"data_cards/{stem}{f'-{number}' if number > 1 else ''}.md") in cards.values():
+            number += 1
+        cards[name] = inside
+    return cards
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -195,7 +207,7 @@ def _recipe(run: FinishedRun) -> str:
     data = run.recipe.model_dump()
     base = data["base"]
     base["model"] = base["hub_id"] or base["model"]
-    cards = {name: f"data_cards/{Path(name).name}" for name in map(str, _cards(run))}
+    cards = _cards(run)
 
     def moved(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -238,13 +250,29 @@ def refuse_secrets(files: Mapping[str, bytes]) -> None:
 # ---------------------------------------------------------------- what the Hub says
 
 
-def _refuse_others_work(repo: str, names: set[str]) -> None:
-    """Refuse a repository with content that no push of ours has made."""
+def _licence(api: HfApi, base: str | None) -> str | None:
+    """Return the licence that the Hub gives for a base, or None where it says none or is not reached."""
+    try:
+        data = api.model_info(base).card_data if base else None
+    except (HTTPError, OSError, ValueError):
+        return None
+    return str(data.license) if data is not None and data.license else None
+
+
+def _refuse_others_work(api: HfApi, run: FinishedRun, info: ModelInfo) -> None:
+    """Refuse a repository with content that no push of this recipe's runs has made."""
+    names = {sibling.rfilename for sibling in info.siblings or ()}
     foreign = names - OF_A_NEW_REPOSITORY
-    if foreign and artifacts.RECIPE not in names:
+    if artifacts.RECIPE in names:
+        path = api.hf_hub_download(info.id, artifacts.RECIPE, revision=info.sha)
+        theirs = written_recipe(path).name
+        if theirs == run.recipe.name:
+            return
+        foreign = {f"a run of {theirs}"}
+    if foreign:
         raise InputError(
-            f"{repo}: has other content ({', '.join(sorted(foreign)[:3])}); push to a new repository, or propose it to "
-            "this one with --create-pr."
+            f"{info.id}: has other content ({', '.join(sorted(foreign)[:3])}); push to a new repository, or propose it "
+            "to this one with --create-pr."
         )
 
 

@@ -300,7 +300,7 @@ FAULTS = [
         "prompts too long",
         long_prompt,
         (
-            "yaml:12: stages.ppo: 1 of 8 rows",
+            "yaml:12: stages.ppo: at least 1 of 8 rows",
             "96 tokens that max_new_tokens 32 leaves",
             "104 (",
             "asked.jsonl:3",
@@ -315,7 +315,7 @@ FAULTS = [
     Fault(
         "rows too long",
         rows("shown", 1, completion="x" * 200),
-        ("yaml:5: stages.sft: 1 of 8 rows", "context of 128 tokens"),
+        ("yaml:5: stages.sft: at least 1 of 8 rows", "context of 128 tokens"),
     ),
     Fault(
         "no module",

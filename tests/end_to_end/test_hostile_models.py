@@ -401,7 +401,8 @@ def test_a_checkpoint_names_no_scorer(with_code):
 def test_told_before_the_run_directory_is_made(tmp_path, monkeypatch, capsys, said, settings):
     """Text that the card refuses, a template without an end, a card that reads elsewhere: exit code 2, no run."""
     recipe = write_chain(tmp_path / "things")
-    rows = [*tiny.demonstrations()[1:], {"prompt": "Is this </s> it?", "completion": " Yes."}]
+    odd = "Is this </s> it?" if "special" in said else "Is this it?"
+    rows = [*tiny.demonstrations()[1:], {"prompt": odd, "completion": " Yes."}]
     tiny.write_card(tmp_path / "things", "shown", "demonstrations", rows, heldout=0.2, special_tokens="refuse")
     (tmp_path / "things" / "endless.jinja").write_text("{{ (9**9)**(9**8) }}")
     (tmp_path / "outside.jsonl").write_text("")

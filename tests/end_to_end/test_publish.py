@@ -46,6 +46,12 @@ def push(hub, folder, *arguments, run="run", code=0, token=TOKEN, **environment)
     return result
 
 
+def hub_recipe(name):
+    """A written recipe of another name."""
+    recipe = {"name": name, "base": {"model": "me/base"}, "stages": {"sft": {"kind": "sft", "data": "d.md"}}}
+    return yaml.safe_dump(recipe).encode()
+
+
 def test_a_pushed_run_is_loaded_by_others(hub, workplace, tmp_path):
     """peft alone, in a process with an empty cache, gives bit-equal logits; card and recipe say what was done."""
     result = push(hub, workplace)
@@ -145,8 +151,16 @@ def test_a_commit_of_others_in_between_is_not_overwritten(hub, workplace):
 
 
 def test_others_repositories_are_left_alone(hub, workplace):
-    """Other content is not mixed with ours, unless it is proposed."""
-    hub.add(REPO, {"pytorch_model.bin": b"x"})
+    """Other content is not mixed with ours, unless it is proposed; nor is a run put before everybody unasked."""
+    assert "must be owner/name" in push(hub, workplace, "--repo", "nonsense", code=2).stderr
+    hub.add(REPO, {".gitattributes": b""})
+    assert "say --public" in push(hub, workplace, code=2).stderr
+    hub.add(REPO, {"recipe.resolved.yaml": hub_recipe("another")}, private=True)
+    assert "has other content (a run of another)" in push(hub, workplace, code=2).stderr
+    hub.repositories[REPO].private = True
+    hub.add(REPO, {"README.md": b"theirs"}, private=True)
+    assert "has other content (README.md)" in push(hub, workplace, code=2).stderr
+    hub.add(REPO, {"pytorch_model.bin": b"x"}, private=True)
     assert "has other content (pytorch_model.bin)" in push(hub, workplace, code=2).stderr
     result = push(hub, workplace, "--create-pr")
     assert "/discussions/" in result.stdout
