@@ -326,7 +326,7 @@ def quiet_libraries() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not sys.stderr.isatty():
-        defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        defaults |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     for name in LIBRARIES.split("|"):

@@ -426,7 +426,7 @@ def hub_rows(source: HubSource) -> Iterator[tuple[str, Cells]]:
 
     try:
         data = datasets.load_dataset(
-            source.repo,
+            f"hf://datasets/{source.repo}",  # a folder of that name here is another thing
             source.config,
             data_dir=source.data_dir,
             data_files=list(source.data_files) if isinstance(source.data_files, tuple) else source.data_files,
@@ -434,6 +434,7 @@ def hub_rows(source: HubSource) -> Iterator[tuple[str, Cells]]:
             revision=source.revision,
             **({"streaming": True} if source.streaming else {}),
         )
+        _check_revision(source, data)
         for number, row in enumerate(data, start=1):
             yield f"{source}:{number}", row
     except (OSError, ValueError) as error:
@@ -441,3 +442,23 @@ def hub_rows(source: HubSource) -> Iterator[tuple[str, Cells]]:
         offline = any(sign in said for sign in ("Offline", "Couldn't reach", "LocalEntryNotFound"))
         way = "; go online (and unset HF_HUB_OFFLINE), or name files in source:" if offline else ""
         raise InputError(f"{source}: cannot be had from the Hub: {said}{way}") from error
+
+
+def _check_revision(source: HubSource, data: Any) -> None:
+    """Refuse rows of another revision: without the Hub, `datasets` takes the newest it has of a name, unasked.
+
+    The folder that holds the rows is called as their commit; the Hub's cache notes which commit a revision was.
+    """
+    files = getattr(data, "cache_files", None)
+    if not files:
+        return
+    from huggingface_hub import constants
+
+    commit = Path(files[0]["filename"]).parent.name
+    note = Path(constants.HF_HUB_CACHE) / f"datasets--{source.repo.replace('/', '--')}" / "refs" / source.revision
+    wanted = note.read_text(encoding="utf-8").strip() if note.is_file() else source.revision
+    if commit != wanted:
+        raise InputError(
+            f"{source}: the Hub is not reached, and what is kept of it here is another revision (commit "
+            f"{commit[:12]}); go online, or pin the revision that is here."
+        )

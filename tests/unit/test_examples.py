@@ -566,8 +566,8 @@ class TestHub:
         found = load(None, "prompts", source=source, heldout="test")
         assert found.train == [PromptRow("Qtrain", "a/b/c@v1[train]:1")]
         assert found.heldout == [PromptRow("Qtest", "a/b/c@v1[test]:1")]
-        more = {"data_dir": None, "data_files": ["x", "y"], "revision": "v1"}
-        assert asked == [(("a/b", "c"), {**more, "split": "train"}), (("a/b", "c"), {**more, "split": "test"})]
+        more, there = {"data_dir": None, "data_files": ["x", "y"], "revision": "v1"}, "hf://datasets/a/b"
+        assert asked == [((there, "c"), {**more, "split": "train"}), ((there, "c"), {**more, "split": "test"})]
 
     def test_streaming(self, here, monkeypatch):
         """Rows as they come, where the card says so."""
