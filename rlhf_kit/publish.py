@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,6 @@ from huggingface_hub.errors import (
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
@@ -276,56 +276,56 @@ def _refuse_others_work(api: HfApi, run: FinishedRun, info: ModelInfo) -> None:
         )
 
 
-class _explained:
-    """Turns what the Hub, or the way to it, refuses into one message with the next step."""
-
-    def __init__(self, repo: str) -> None:
-        self.repo = repo
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, InputError | NotPushed):
-            return
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn what the Hub, or the way to it, refuses into one message with the next step."""
+    try:
+        yield
+    except (InputError, NotPushed):
+        raise
+    except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:
-            self._raise(cause, error)
+        while cause is not None:  # an upload's own error lies below the one that tells of its thread
+            if (told := _in_words(repo, cause)) is not None:
+                raise told from error
             cause = cause.__cause__ or cause.__context__
+        raise
 
-    def _raise(self, cause: BaseException, error: Exception) -> None:
-        repo, again = self.repo, "run the same command again, it goes on where it stopped"
-        if isinstance(cause, LocalTokenNotFoundError):
-            raise InputError(f"{repo}: you are not logged in; run `hf auth login`, or set HF_TOKEN.") from error
-        if isinstance(cause, OfflineModeIsEnabled):
-            raise InputError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it.") from error
-        if isinstance(cause, RevisionNotFoundError):
-            raise InputError(f"{repo}: has no such revision; --revision names a branch.") from error
-        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-            status = cause.response.status_code
-            said = first_line(cause)
-            if status == 401:
-                raise InputError(f"{repo}: the Hub does not know this token; run `hf auth login` again.") from error
-            if status == 403:
-                raise InputError(
-                    f"{repo}: this token may not write there; use one with write access to {repo.partition('/')[0]}."
-                ) from error
-            if status == 404 or isinstance(cause, RepositoryNotFoundError):
-                raise InputError(
-                    f"{repo}: the Hub has no such owner, or does not show it to you; mend --repo, or log in as a "
-                    "member."
-                ) from error
-            if status in (409, 412):
-                raise NotPushed(
+
+def _in_words(repo: str, error: BaseException) -> InputError | NotPushed | None:
+    """Return an error for the user, or None where it is not one of the Hub's or the network's."""
+    again = "run the same command again, it goes on where it stopped"
+    if isinstance(error, LocalTokenNotFoundError):
+        return InputError(f"{repo}: you are not logged in; run `hf auth login`, or set HF_TOKEN.")
+    if isinstance(error, OfflineModeIsEnabled):
+        return InputError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it.")
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(f"{repo}: has no such revision; --revision names a branch.")
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        match status:
+            case 401:
+                return InputError(f"{repo}: the Hub does not know this token; run `hf auth login` again.")
+            case 403:
+                owner = repo.partition("/")[0]
+                return InputError(f"{repo}: this token may not write there; use one with write access to {owner}.")
+            case 404:
+                return InputError(
+                    f"{repo}: the Hub has no such owner, or does not show it to you; mend --repo, or log in as a member."
+                )
+            case 409 | 412:
+                return NotPushed(
                     f"{repo}: was changed by somebody else meanwhile; nothing of theirs was overwritten; look at it, "
                     f"then {again}."
-                ) from error
-            if status == 429:
-                wait = cause.response.headers.get("Retry-After")
-                when = f"in {wait} seconds" if wait else "later"
-                raise NotPushed(f"{repo}: the Hub takes no more for now; {again}, {when}.") from error
-            if status >= 500:
-                raise NotPushed(f"{repo}: the Hub has trouble of its own (HTTP {status}); {again}.") from error
-            raise NotPushed(f"{repo}: the Hub refuses (HTTP {status}): {said}") from error
-        if isinstance(cause, HTTPError | OSError):
-            raise NotPushed(f"{repo}: the Hub cannot be reached ({first_line(cause)}); {again}.") from error
+                )
+            case 429:
+                wait = error.response.headers.get("Retry-After")
+                return NotPushed(
+                    f"{repo}: the Hub takes no more for now; {again}, {f'in {wait} seconds' if wait else 'later'}."
+                )
+        if status >= 500:
+            return NotPushed(f"{repo}: the Hub has trouble of its own (HTTP {status}); {again}.")
+        return NotPushed(f"{repo}: the Hub refuses (HTTP {status}): {first_line(error)}")
+    if isinstance(error, HTTPError | OSError):
+        return NotPushed(f"{repo}: the Hub cannot be reached ({first_line(error)}); {again}.")
+    return None
