@@ -311,7 +311,7 @@ def _in_words(repo: str, error: BaseException) -> InputError | NotPushed | None:
                 return InputError(f"{repo}: this token may not write there; use one with write access to {owner}.")
             case 404:
                 return InputError(
-                    f"{repo}: the Hub has no such owner, or does not show it to you; mend --repo, or log in as a member."
+                    f"{repo}: the Hub has no such owner, or hides it from you; mend --repo, or log in as a member."
                 )
             case 409 | 412:
                 return NotPushed(
