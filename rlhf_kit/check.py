@@ -30,7 +30,7 @@ from rlhf_kit.examples import (
     mixed,
     prompts_of,
     refusal,
-    texts_of,
+    refused_rows,
 )
 from rlhf_kit.model_folders import ModelFolder
 from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, Truncate, cards_of
@@ -99,12 +99,15 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
         if isinstance(stage, PPOStage) and recipe.reward_source(name) == "model" and Path(stage.reward).is_dir():
             folder_problems = ModelFolder(Path(stage.reward)).problems()
             problems += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in folder_problems]
+    too_long: list[_TooLong] = []
     if base is not None:
-        problems += _length_problems(recipe, base, examples)
+        too_long = list(_too_long(recipe, base, examples))
+        problems += _length_problems(recipe, base.context, too_long)
         problems += _special_token_problems(base, examples)
     if problems:
         raise InputError(problems)
-    return Plan(recipe, examples, _lines(recipe, base, cards, examples), _notes(recipe, base, examples))
+    notes = [*_leaks(recipe, examples), *_length_notes(too_long)]
+    return Plan(recipe, examples, _lines(recipe, base, cards, examples), notes)
 
 
 def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -266,83 +269,96 @@ class _Limit:
     truncate: Truncate
 
 
-def _limits(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[_Limit]:
-    context = base.context
-    ppo: list[tuple[str, PPOStage, Cards, int]] = []  # place, stage, prompts, new tokens
+@dataclass(frozen=True)
+class _TooLong:
+    """Rows that are longer than they may be."""
+
+    limit: _Limit
+    longest: int
+    """Tokens, at least, of the longest of all."""
+    rows: list[tuple[str, int]]
+    """"file:line" and tokens, at least."""
+
+    @property
+    def many(self) -> str:
+        limit = self.limit
+        rows = f"{len(self.rows):,} of {len(limit.rows):,} rows of {named(limit.card)}"
+        return f"at least {rows} are longer than {limit.words}"
+
+
+def _sampled(recipe: Recipe) -> Iterator[tuple[str, PPOStage, Cards, int]]:
+    """Yield place, stage, prompts and new tokens wherever completions are sampled for prompts of their own."""
+    last: PPOStage | None = None
     for name, stage in recipe.stages.items():
-        at = recipe.where(f"stages.{name}")
         if isinstance(stage, PPOStage):
-            ppo.append((at, stage, stage.prompts, stage.max_new_tokens))
-        elif (room := stage.max_length or context) and stage.data in examples:
+            last = stage
+            yield recipe.where(f"stages.{name}"), stage, stage.prompts, stage.max_new_tokens
+    if last is not None and recipe.evaluation.prompts is not None:
+        new = recipe.evaluation.max_new_tokens or last.max_new_tokens
+        yield recipe.where("evaluation.prompts"), last, recipe.evaluation.prompts, new
+
+
+def _limits(recipe: Recipe, context: int | None, examples: Mapping[Cards, Examples]) -> Iterator[_Limit]:
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, PPOStage) or stage.data not in examples:
+            continue
+        if room := stage.max_length or context:
             rows = [*examples[stage.data].train, *examples[stage.data].heldout]
             words = f"max_length {room}" if stage.max_length else f"the base's context of {room} tokens"
             way = "a larger max_length" * bool(stage.max_length)
-            yield _Limit(at, stage.data, rows, room, words, way, stage.truncate)
-    if ppo and recipe.evaluation.prompts is not None:
-        _, last, _, new = ppo[-1]
-        at = recipe.where("evaluation.prompts")
-        ppo.append((at, last, recipe.evaluation.prompts, recipe.evaluation.max_new_tokens or new))
-    for at, stage, card, new in ppo:
-        if context is None or context <= new or card not in examples:
+            yield _Limit(recipe.where(f"stages.{name}"), stage.data, rows, room, words, way, stage.truncate)
+    for at, ppo, card, new in _sampled(recipe):
+        if context is None or context <= new or card not in examples or examples[card].card.kind not in WITH_PROMPTS:
             continue
-        if examples[card].card.kind in WITH_PROMPTS:
-            found, room = prompts_of(examples[card]), context - new
-            words = f"the {room} tokens that max_new_tokens {new} leaves of the base's context of {context}"
-            rows = [*found.train, *found.heldout]
-            yield _Limit(at, card, rows, room, words, "a smaller max_new_tokens", stage.truncate)
+        found, room = prompts_of(examples[card]), context - new
+        words = f"the {room} tokens that max_new_tokens {new} leaves of the base's context of {context}"
+        rows = [*found.train, *found.heldout]
+        yield _Limit(at, card, rows, room, words, "a smaller max_new_tokens", ppo.truncate)
 
 
-def _length_problems(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterable[str]:
-    context = base.context
-    for name, stage in recipe.stages.items():
-        at = recipe.where(f"stages.{name}")
-        if context is None:
-            break
-        if isinstance(stage, PPOStage):
-            new = stage.max_new_tokens
+def _too_long(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[_TooLong]:
+    if base.tokenizer is None:
+        return
+    for limit in _limits(recipe, base.context, examples):
+        most, over = longest(limit.rows, base.tokenizer, limit.room)
+        if over:
+            yield _TooLong(limit, most, over)
+
+
+def _length_problems(recipe: Recipe, context: int | None, too_long: Iterable[_TooLong]) -> Iterator[str]:
+    if context is not None:
+        for name, stage in recipe.stages.items():
+            if not isinstance(stage, PPOStage) and stage.max_length is not None and stage.max_length > context:
+                at = recipe.where(f"stages.{name}")
+                yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
+        for at, _, _, new in _sampled(recipe):
             if new >= context:
                 yield f"{at}: max_new_tokens {new} leaves no room for a prompt in the context of {context}"
-        elif stage.max_length is not None and stage.max_length > context:
-            yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
-    for limit, most, over in _too_long(recipe, base, examples):
+    for found in too_long:
+        limit = found.limit
         if limit.truncate == "error":
-            many = f"at least {len(over):,} of {len(limit.rows):,} rows of {named(limit.card)}"
             yield (
-                f"{limit.at}: {many} are longer than {limit.words}; the longest has at least {most} ({over[-1][0]}). "
-                "Write truncate: left_prompt to cut prompts from the left, truncate: drop to leave such rows out"
+                f"{limit.at}: {found.many}; the longest has at least {found.longest} ({found.rows[-1][0]}). Write "
+                "truncate: left_prompt to cut prompts from the left, truncate: drop to leave such rows out"
                 f"{', or ' * bool(limit.other_way)}{limit.other_way}"
             )
-        elif limit.truncate == "drop" and len(over) == len({row.where for row in limit.rows}):
+        elif limit.truncate == "drop" and len(found.rows) == len({row.where for row in limit.rows}):
             yield (
                 f"{limit.at}: all rows of {named(limit.card)} are longer than {limit.words}, so truncate: drop leaves "
                 "none; use shorter rows or a base with a longer context"
             )
 
 
-def _length_notes(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[str]:
+def _length_notes(too_long: Iterable[_TooLong]) -> Iterator[str]:
     """Tell of rows that a stage will cut or leave out, as its recipe says."""
     ways = {
         "drop": "they are left out",
         "left_prompt": "their prompts are cut from the left; a row whose completion alone is too long is left out",
     }
-    for limit, _, over in _too_long(recipe, base, examples):
-        if limit.truncate in ways:
-            yield (
-                f"{limit.at}: truncate: {limit.truncate}: at least {len(over):,} of {len(limit.rows):,} rows of "
-                f"{named(limit.card)} are longer than {limit.words}; {ways[limit.truncate]}"
-            )
-
-
-def _too_long(
-    recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]
-) -> Iterator[tuple[_Limit, int, list[tuple[str, int]]]]:
-    """Yield the limits that rows exceed: with the tokens of the longest row, and the rows that are too long."""
-    if base.tokenizer is None:
-        return
-    for limit in _limits(recipe, base, examples):
-        most, over = longest(limit.rows, base.tokenizer, limit.room)
-        if over:
-            yield limit, most, over
+    for found in too_long:
+        truncate = found.limit.truncate
+        if truncate in ways:
+            yield f"{found.limit.at}: truncate: {truncate}: {found.many}; {ways[truncate]}"
 
 
 def _special_token_problems(base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[str]:
@@ -350,15 +366,10 @@ def _special_token_problems(base: ModelFolder, examples: Mapping[Cards, Examples
     if base.tokenizer is None:
         return
     names = [token.content for token in base.tokenizer.get_added_tokens_decoder().values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    spells = re.compile("|".join(map(re.escape, names)) or r"(?!)").search
     for card, found in examples.items():
-        rows = [*found.train, *found.heldout]
-        refused = [
-            row.where
-            for row in rows
-            if row.special_tokens == "refuse" and any(pattern.search(text) for text in texts_of(row))
-        ]
-        if refused and isinstance(card, str):
+        rows = [*found.train, *found.heldout] if isinstance(card, str) else []  # a mixture's are those of its cards
+        if refused := refused_rows(rows, lambda text: spells(text) is not None):
             yield f"{card}: {refusal(refused, len(rows))}"
 
 
@@ -451,13 +462,6 @@ def _stage_lines(
     steps = stage.max_steps or math.ceil(stage.epochs * rows / stage.batch_size)
     epochs = steps * stage.batch_size / rows
     return [f"{head}{rows:,} {unit} x {epochs:.3g} epochs = {steps:,} optimizer steps of {stage.batch_size:,} {unit}"]
-
-
-def _notes(recipe: Recipe, base: ModelFolder | None, examples: Mapping[Cards, Examples]) -> list[str]:
-    notes = list(_leaks(recipe, examples))
-    if base is not None:
-        notes += _length_notes(recipe, base, examples)
-    return notes
 
 
 def _leaks(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Iterable[str]:

@@ -40,6 +40,7 @@ from rlhf_kit.examples import (
     Text,
     probability_of,
     refusal,
+    refused_rows,
     texts_of,
 )
 from rlhf_kit.model_folders import opened
@@ -129,6 +130,11 @@ class TextFormat:
             completion.pop()
         before, whole = self._decode(prompt_ids), self._decode([*prompt_ids, *completion])
         return whole.removeprefix(before) if whole.startswith(before) else self._decode(completion)
+
+    def completion_texts(self, prompts: Sequence[Sequence[int]], ids: Tensor, mask: Tensor) -> list[str]:
+        """Return `completion_text` of each row of `ids` [B, C], whose real tokens `mask` [B, C] shows."""
+        rows = zip(prompts, ids, mask, strict=True)
+        return [self.completion_text(prompt, completion[real].tolist()) for prompt, completion, real in rows]
 
     def spells_special(self, text: str) -> bool:
         """Whether the text holds the name of a special token."""
@@ -589,12 +595,7 @@ def refuse_special_tokens(rows: Sequence[Any], text_format: TextFormat) -> None:
 
     Raises: InputError naming the rows.
     """
-    refused = [
-        row.where
-        for row in rows
-        if row.special_tokens == "refuse" and any(map(text_format.spells_special, texts_of(row)))
-    ]
-    if refused:
+    if refused := refused_rows(rows, text_format.spells_special):
         raise InputError(refusal(refused, len(rows)))
 
 

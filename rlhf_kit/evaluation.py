@@ -188,12 +188,7 @@ def _answers(
                 temperature=last.temperature,
             )
             rollout = unscored(packed, completions)
-            written = [
-                text_format.completion_text(prompt, completion[mask].tolist())
-                for prompt, completion, mask in zip(
-                    ids, completions.completion_ids, completions.completion_mask, strict=True
-                )
-            ]
+            written = text_format.completion_texts(ids, completions.completion_ids, completions.completion_mask)
             raw = scorer(Written([prompts[row] for row in batch], written, rollout.ids, rollout.mask))
             if not bool(raw.isfinite().all()):
                 raise InputError(f"{last.reward}: a held-out completion of {role} has a score that is NaN or infinite.")

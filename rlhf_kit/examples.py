@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,11 @@ def texts_of(row: Any, *, prompt_only: bool = False) -> list[str]:
         texts += [getattr(row, name) for name in ("completion", "chosen", "rejected") if hasattr(row, name)]
         texts += getattr(row, "completions", [])
     return texts
+
+
+def refused_rows(rows: Iterable[Row], spells: Callable[[str], bool]) -> list[str]:
+    """Return where the rows stand whose card refuses special tokens, and whose texts spell one."""
+    return [row.where for row in rows if row.special_tokens == "refuse" and any(map(spells, texts_of(row)))]
 
 
 def refusal(refused: Sequence[str], rows: int) -> str:

@@ -384,10 +384,8 @@ class PPO:
 
         completions = self.at_once.whole(completed)
         rollout = unscored(batch, completions)
-        texts = [
-            self.format.completion_text(self.prompt_ids[prompt], ids[mask].tolist())
-            for prompt, ids, mask in zip(prompts, rollout.completion_ids, rollout.completion_mask, strict=True)
-        ]
+        asked = [self.prompt_ids[prompt] for prompt in prompts]
+        texts = self.format.completion_texts(asked, rollout.completion_ids, rollout.completion_mask)
         return rollout, Written([self.prompts[prompt] for prompt in prompts], texts, rollout.ids, rollout.mask)
 
     def _raw_scores(self, written: Written) -> Tensor:

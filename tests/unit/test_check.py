@@ -162,6 +162,14 @@ class TestLengths:
             "--set evaluation.prompts=long.md: evaluation.prompts: at least 8 of 8 rows of long.md"
         )
 
+    def test_no_room_for_a_prompt(self, workplace):
+        """More new tokens than the base reads, of a stage and of an evaluation on a card of its own."""
+        said = "max_new_tokens 128 leaves no room for a prompt in the context of 128"
+        (message,) = problems("stages.ppo.max_new_tokens=128")
+        assert said in message
+        (message,) = problems("evaluation.prompts=asked.md", "evaluation.max_new_tokens=128")
+        assert message.endswith(said) and "evaluation.prompts" in message
+
     def test_max_length_beyond_the_context(self, workplace):
         """Rows cannot be longer than what the model reads."""
         (message,) = problems("stages.sft.max_length=129")
