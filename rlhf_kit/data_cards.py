@@ -123,7 +123,8 @@ def range_of(written: Any) -> tuple[float, float] | None:
     return (float(ends[1]), float(ends[2])) if ends else None
 
 
-_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)")
+_NUMBER = r"(-?(?:\d+(?:\.\d*)?|\.\d+))"
+_RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}")
 
 
 def _column(written: Any) -> Any:

@@ -247,7 +247,7 @@ class PPOStage(_Stage):
     minibatches: Count = 2
     """Optimizer steps per epoch."""
     microbatch: Count = 16
-    """Completions per forward pass of one process."""
+    """Completions of full length per forward pass of one process; of shorter ones, as many as have as many tokens."""
     max_new_tokens: Count = 64
     """Tokens of a completion, its end token included."""
     temperature: Positive = 1.0

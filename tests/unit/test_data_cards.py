@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_kit.columns import template_columns
-from rlhf_kit.data_cards import DataCard, HubSource, load_card
+from rlhf_kit.data_cards import DataCard, HubSource, load_card, range_of
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import read_yaml, write_yaml
 
@@ -284,6 +284,15 @@ def test_settings_of_a_stage_and_ranges_the_wrong_way_round(here):
         with pytest.raises(InputError) as caught:
             load_card("c.md")
         assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "ends"),
+    [("0.5..3", (0.5, 3)), ("-1..-.5", (-1, -0.5)), (".5..1.", (0.5, 1)), ("1.2.3..4", None), ("3", None), (3, None)],
+)
+def test_ranges(written, ends):
+    """Two numbers with two dots between them, however these are written; what is no number is no range."""
+    assert range_of(written) == ends
 
 
 def test_the_templates_examples_are_cards(here):
