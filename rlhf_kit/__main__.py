@@ -192,7 +192,7 @@ def chat(
         print("Each line is a whole prompt, as this run was trained on texts; \\n is a line break.", file=sys.stderr)
     talk = chats.Chat(
         found,
-        found.reward() if found.has_reward() else None,
+        found.reward_if_any(),
         [chats.Speaker(one) for one in stages],
         max_new_tokens or limit,
         temperature or usual,
@@ -217,10 +217,10 @@ def sample(
     base: MovedBase = None,
 ) -> None:
     """Write completions of a policy for a file of prompts, with the reward model's scores."""
-    from rlhf_kit import sampling
-    from rlhf_kit.artifacts import lines_written
+    from rlhf_kit import artifacts, sampling
     from rlhf_kit.finished import FinishedRun
 
+    artifacts.check_new_file(out)
     found = FinishedRun(run_dir, base)
     asked = sampling.read_prompts(prompts)
     limit, usual = sampling.ppo_settings(found)
@@ -233,9 +233,9 @@ def sample(
         temperature=temperature or usual,
         seed=seed,
         batch_size=batch_size,
-        reward=found.reward() if found.has_reward() else None,
+        reward=found.reward_if_any(),
     )
-    print(f"{out}: {lines_written(out, written)} completions")
+    print(f"{out}: {artifacts.write_lines(out, written)} completions")
 
 
 @app.command()
@@ -248,18 +248,19 @@ def score(
     base: MovedBase = None,
 ) -> None:
     """Score answers with a run's reward model, in the unit of its reports; JSON lines."""
-    from rlhf_kit import sampling
-    from rlhf_kit.artifacts import json_line, lines_written
+    from rlhf_kit import artifacts, sampling
     from rlhf_kit.finished import FinishedRun
 
+    if out is not None:
+        artifacts.check_new_file(out)
     found = FinishedRun(run_dir, base)
     answers = sampling.read_answers(file)
     rows = sampling.scored(found, found.reward(stage), answers, batch_size=batch_size)
     if out is not None:
-        print(f"{out}: {lines_written(out, rows)} scores")
+        print(f"{out}: {artifacts.write_lines(out, rows)} scores")
         return
     for row in rows:
-        print(json_line(row).decode(), end="")
+        print(artifacts.json_line(row).decode(), end="")
 
 
 @app.command()

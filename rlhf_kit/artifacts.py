@@ -106,15 +106,19 @@ def json_line(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def lines_written(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
-    """Write the lines to a new file, whole or not at all, and return how many there are.
+def check_new_file(path: Path) -> None:
+    """Look whether a file can be made: it is not there, and its folder is.
 
-    Raises: InputError when the file is there already, or its folder is not.
+    Raises: InputError otherwise.
     """
     if path.exists() or path.is_symlink():
         raise InputError(f"--out {path}: is there already; name another file.")
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: there is no folder {path.parent}.")
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Write the lines as a file, whole or not at all, and return how many there are."""
     made = [json_line(line) for line in lines]
     write_atomically(path, b"".join(made))
     return len(made)

@@ -103,18 +103,18 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         if len(self.speakers) == 1:
-            self._said(self.speakers[0], line, lambda text: self.console.print(text, end="", markup=False))
+            (speaker,) = self.speakers
+            self._said(speaker, line, lambda text: self.console.print(text, end="", markup=False))
             self.console.print()
-        else:
-            width = max(20, (self.console.width - 2) // len(self.speakers))
-            panels = []
-            for speaker in self.speakers:
-                text = self._said(speaker, line, lambda _: None)
-                panels.append(Panel(Text(text), title=speaker.role, subtitle=_score(speaker), width=width))
-            self.console.print(Columns(panels, padding=(0, 1)))
+            if (score := _score(speaker)) is not None:
+                self.console.print(f"({score})", style="dim")
             return
-        if (score := _score(self.speakers[0])) is not None:
-            self.console.print(f"({score})", style="dim")
+        width = max(20, (self.console.width - 2) // len(self.speakers))
+        panels = []
+        for speaker in self.speakers:
+            text = self._said(speaker, line, lambda _: None)
+            panels.append(Panel(Text(text), title=speaker.role, subtitle=_score(speaker), width=width))
+        self.console.print(Columns(panels, padding=(0, 1)))
 
     def _said(self, speaker: Speaker, line: str, show: Callable[[str], Any]) -> str:
         """Return a speaker's answer, which joins its dialogue; `show` gets it as it is written."""

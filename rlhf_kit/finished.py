@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,6 @@ class FinishedRun:
             recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"model": base})})
         self.recipe: Recipe = recipe
         self.accelerator = Accelerator(mixed_precision="no")
-        self._format: TextFormat | None = None
-        self._shared: SharedBase | None = None
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """Return the manifest of a finished stage.
@@ -83,28 +82,20 @@ class FinishedRun:
         settings = self.recipe.stages.get(stage)
         return settings.policy if isinstance(settings, PPOStage) else BASE
 
-    def has_reward(self) -> bool:
-        """Return whether something finished scores completions."""
-        last, reward = self.last(PPOStage), self.last(RewardStage)
-        settings = self.recipe.stages[last] if last else None
-        name = settings.reward if isinstance(settings, PPOStage) else reward
-        where = name if name in self.recipe.stages else last
-        return where is not None and artifacts.read_manifest(self.folder / where) is not None
-
-    @property
+    @cached_property
     def text_format(self) -> TextFormat:
         """The base's tokenizer and how texts become tokens."""
-        if self._format is None:
-            self._format = load_text_format(self.recipe.base)
-        return self._format
+        return load_text_format(self.recipe.base)
 
-    @property
+    @cached_property
+    def context(self) -> int | None:
+        """How many tokens the base reads at most, None where nothing limits them."""
+        return models.context_length(self.recipe.base)
+
+    @cached_property
     def shared(self) -> SharedBase:
         """The base that the roles are on, loaded when it is first asked for."""
-        if self._shared is None:
-            base = models.load_base(self.recipe.base, self.text_format, self.accelerator)
-            self._shared = SharedBase(base, self.recipe.base)
-        return self._shared
+        return SharedBase(models.load_base(self.recipe.base, self.text_format, self.accelerator), self.recipe.base)
 
     def policy(self, stage: str) -> str:
         """Return the role of a stage's policy, or of the base, added to the shared base.
@@ -125,20 +116,32 @@ class FinishedRun:
 
         Raises: InputError when there is none, or it is not finished.
         """
-        last = self.last(PPOStage)
-        settings = self.recipe.stages[last] if last else None
-        if stage is None and isinstance(settings, PPOStage) and settings.reward not in self.recipe.stages:
-            unit = self.manifest(last)["score_normalisation"] if last else {}
-            return RewardModel(external_scorer(settings.reward, self.shared.device), unit["mean"], unit["std"])
-        name = stage or (settings.reward if isinstance(settings, PPOStage) else self.last(RewardStage))
+        name = stage or self._scored_by()
         if name is None:
             raise InputError(f"{self.folder}: has no reward stage, so nothing scores its completions.")
-        manifest = self.manifest(name)
-        if not isinstance(self.recipe.stages[name], RewardStage):
+        manifest, settings = self.manifest(name), self.recipe.stages[name]
+        scorer: Scorer
+        if isinstance(settings, RewardStage):
+            scorer = add_reward_role(self.shared, f"reward model {name}", self.folder / name / "adapter")
+        elif isinstance(settings, PPOStage) and stage is None:
+            scorer = external_scorer(settings.reward, self.shared.device)
+        else:
             raise InputError(f"{name}: is a stage of kind {manifest['kind']}; a stage of kind reward gives scores.")
-        scorer = add_reward_role(self.shared, f"reward model {name}", self.folder / name / "adapter")
         unit = manifest["score_normalisation"]
         return RewardModel(scorer, unit["mean"], unit["std"])
+
+    def reward_if_any(self) -> RewardModel | None:
+        """Return `reward()`, or None where nothing that scores is finished."""
+        name = self._scored_by()
+        return self.reward() if name and artifacts.read_manifest(self.folder / name) is not None else None
+
+    def _scored_by(self) -> str | None:
+        """Return the stage that has the scores' unit: of kind reward, or of kind ppo with a reward that is no stage."""
+        last = self.last(PPOStage)
+        settings = self.recipe.stages[last] if last else None
+        if not isinstance(settings, PPOStage):
+            return self.last(RewardStage)
+        return settings.reward if settings.reward in self.recipe.stages else last
 
 
 def verified_manifest(folder: Path) -> dict[str, Any] | None:

@@ -18,9 +18,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from rlhf_kit import models
-from rlhf_kit.collate import load_text_format
 from rlhf_kit.errors import InputError
 from rlhf_kit.finished import FinishedRun
+from rlhf_kit.metrics import read_metrics
 from rlhf_kit.recipe import RewardStage
 
 TRIED = 8
@@ -52,7 +52,7 @@ def merge(run: FinishedRun, stage: str, out: Path) -> Difference:
         raise InputError(f"{stage}: is an ensemble of reward models, which no plain checkpoint can hold.")
     folder = run.folder / stage / "adapter"
     reward = isinstance(run.recipe.stages[stage], RewardStage)
-    rows = _rows(run, stage)
+    rows = [probe["ids"] for probe in manifest["probe"]][:TRIED] if reward else _rows(run, stage)
     with torch.no_grad():
         trained = _outputs(_with_adapter(run, folder, quantised=True, reward=reward), rows, reward)
         model = _with_adapter(run, folder, quantised=False, reward=reward).merge_and_unload()
@@ -73,23 +73,12 @@ def _with_adapter(run: FinishedRun, folder: Path, *, quantised: bool, reward: bo
 
 
 def _rows(run: FinishedRun, stage: str) -> list[list[int]]:
-    """Return tokens to compare the models on: what the run kept of its prompts, or of its reward model's probe."""
-    manifest = run.manifest(stage)
-    if "probe" in manifest:
-        return [probe["ids"] for probe in manifest["probe"]][:TRIED]
+    """Return tokens to compare the models on: what a stage, or else another one of the run, kept of its samples."""
     for name in [stage, *run.recipe.stages]:
-        found = (run.folder / name / "samples.jsonl") if name in run.recipe.stages else None
-        if found is not None and found.is_file():
-            from rlhf_kit.metrics import read_metrics
-
-            samples: list[dict[str, Any]] = read_metrics(found)[:TRIED]
-            return [
-                [
-                    *run.text_format.prompt_ids(sample["prompt"]),
-                    *run.text_format.completion_ids(sample["prompt"], sample["completion"]),
-                ]
-                for sample in samples
-            ]
+        samples = run.folder / name / "samples.jsonl"
+        if samples.is_file():
+            kept = [(sample["prompt"], sample["completion"]) for sample in read_metrics(samples)[:TRIED]]
+            return [[*run.text_format.prompt_ids(p), *run.text_format.completion_ids(p, c)] for p, c in kept]
     return [run.text_format.text_ids("Hello, how are you?")]
 
 
@@ -107,7 +96,7 @@ def _outputs(model: Any, rows: list[list[int]], reward: bool) -> Tensor:
 
 def _write(run: FinishedRun, model: Any, out: Path) -> None:
     """Write model and tokenizer beside `out`, then put them there at once."""
-    text_format = load_text_format(run.recipe.base)
+    text_format = run.text_format
     model.config.use_cache = True
     model.config.pad_token_id = text_format.pad_id
     if getattr(model, "generation_config", None) is not None:  # a classifier has none

@@ -108,9 +108,9 @@ def run(
             summary = pipeline.summarise()
         except Interrupted as error:
             raise Interrupted(f"{error}; to go on:\n  {_again(recipe_path, overrides, out, only)}") from error
-        if summary is not None and recipe.publish is not None and accelerator.is_main_process:
-            _publish(folder, recipe.publish)
-        return Run(recipe, folder, pipeline.finished(), summary)
+    if summary is not None and recipe.publish is not None and accelerator.is_main_process:
+        _publish(folder, recipe.publish)  # nothing is held any more, and Ctrl-C is what it always is
+    return Run(recipe, folder, pipeline.finished(), summary)
 
 
 def load(run_dir: Path, stage: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -118,7 +118,7 @@ def load(run_dir: Path, stage: str) -> tuple[PeftModel, PreTrainedTokenizerBase]
     run = FinishedRun(run_dir)
     run.manifest(stage)
     text_format = run.text_format
-    model = models.load_base(run.recipe.base, text_format, Accelerator(mixed_precision="no"))
+    model = models.load_base(run.recipe.base, text_format, run.accelerator)
     model.config.use_cache = True
     if model.generation_config is not None:
         model.generation_config.pad_token_id = text_format.pad_id

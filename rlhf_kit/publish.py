@@ -80,9 +80,10 @@ def push(
     """
     if not HUB_ID.fullmatch(repo):
         raise InputError(f"--repo {repo}: must be owner/name on the Hub.")
+    stage = stage or run.newest_policy()
     api = HfApi()
     base = run.recipe.base.hub_id or (None if run.recipe.is_local_base else run.recipe.base.model)
-    files, warnings = contents(run, stage or run.newest_policy(), repo, _licence(api, base))
+    files, warnings = contents(run, stage, repo, _licence(api, base))
     refuse_secrets(files)
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it and run the same command again.")
@@ -99,7 +100,7 @@ def push(
         commit = api.create_commit(
             repo,
             operations,
-            commit_message=f"{run.recipe.name}: {stage or run.newest_policy()} and what it was made with",
+            commit_message=f"{run.recipe.name}: {stage} and what it was made with",
             parent_commit=info.sha,
             revision=None if create_pr else revision,
             create_pr=create_pr,

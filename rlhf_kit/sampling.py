@@ -6,9 +6,9 @@ seed writes the same completions whatever the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,13 +20,11 @@ from rlhf_kit.examples import Prompt, load_examples, prompts_of
 from rlhf_kit.finished import FinishedRun, RewardModel
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.metrics import progress
-from rlhf_kit.models import context_length
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import PPOStage
-from rlhf_kit.rollout import unscored
+from rlhf_kit.rollout import microbatches, unscored
 from rlhf_kit.scorers import Written
 
-T = TypeVar("T")
 NEW_TOKENS = 128
 """Of a completion at most, where no PPO stage of the run says."""
 
@@ -126,27 +124,22 @@ def sampled(
     """
     prompt_ids = [fitting_ids(run, prompt, limit, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
     rows = [number for number in range(len(prompts)) for _ in range(count)]
-    pieces = Pieces("--batch-size", batch_size, "completions", run.accelerator)
+    uniform = uniforms(range(len(rows)), len(rows), limit, seed, "sample")
 
-    def piece(batch: Sequence[int]) -> list[dict[str, Any]]:
+    def piece(batch: list[int]) -> list[dict[str, Any]]:
         ids = [prompt_ids[rows[row]] for row in batch]
         packed = left_pad(ids, run.text_format.pad_id)
         completions = generate(
             run.shared,
             role,
             packed,
-            uniforms(batch, len(rows), limit, seed, "sample"),
+            uniform[batch],
             end_id=run.text_format.end_id,
             pad_id=run.text_format.pad_id,
             temperature=temperature,
         )
         rollout = unscored(packed, completions)
-        texts = [
-            run.text_format.completion_text(prompt, completion[mask].tolist())
-            for prompt, completion, mask in zip(
-                ids, completions.completion_ids, completions.completion_mask, strict=True
-            )
-        ]
+        texts = run.text_format.completion_texts(ids, completions.completion_ids, completions.completion_mask)
         asked = [prompts[rows[row]] for row in batch]
         scores = reward(Written(asked, texts, rollout.ids, rollout.mask)) if reward else None
         return [
@@ -160,7 +153,7 @@ def sampled(
             for row in range(len(batch))
         ]
 
-    yield from _in_batches(range(len(rows)), pieces, piece, "sampling, batches")
+    yield from _in_batches(len(rows), Pieces("--batch-size", batch_size, "completions", run.accelerator), piece)
 
 
 def scored(
@@ -170,16 +163,15 @@ def scored(
 
     Raises: InputError naming an answer that is longer than the base's context.
     """
-    text_format, context = run.text_format, context_length(run.recipe.base)
+    text_format, context = run.text_format, run.context
     ids = []
     for number, (prompt, completion) in enumerate(answers, 1):
         row = [*text_format.prompt_ids(prompt), *text_format.completion_ids(prompt, completion)]
         if context is not None and len(row) > context:
             raise InputError(f"row {number}: has {len(row)} tokens, and the base reads {context} at most.")
         ids.append(row)
-    pieces = Pieces("--batch-size", batch_size, "answers", run.accelerator)
 
-    def piece(batch: Sequence[int]) -> list[dict[str, Any]]:
+    def piece(batch: list[int]) -> list[dict[str, Any]]:
         packed = left_pad([ids[row] for row in batch], text_format.pad_id)
         prompts, texts = zip(*(answers[row] for row in batch), strict=True)
         device = run.shared.device
@@ -189,7 +181,7 @@ def scored(
             for prompt, text, score in zip(prompts, texts, reward(written), strict=True)
         ]
 
-    yield from _in_batches(range(len(ids)), pieces, piece, "scoring, batches")
+    yield from _in_batches(len(ids), Pieces("--batch-size", batch_size, "answers", run.accelerator), piece)
 
 
 def fitting_ids(run: FinishedRun, prompt: Prompt, limit: int, called: str) -> list[int]:
@@ -197,7 +189,7 @@ def fitting_ids(run: FinishedRun, prompt: Prompt, limit: int, called: str) -> li
 
     Raises: InputError when they leave no room for `limit` more in the base's context, or there are none.
     """
-    ids, context = run.text_format.prompt_ids(prompt), context_length(run.recipe.base)
+    ids, context = run.text_format.prompt_ids(prompt), run.context
     if not ids:
         raise InputError(f"{called}: is empty, and this tokenizer starts texts with no token; write something.")
     if context is not None and len(ids) + limit > context:
@@ -209,17 +201,13 @@ def fitting_ids(run: FinishedRun, prompt: Prompt, limit: int, called: str) -> li
 
 
 def _in_batches(
-    rows: Sequence[int], pieces: Pieces, work: Callable[[Sequence[int]], list[dict[str, Any]]], what: str
+    rows: int, pieces: Pieces, work: Callable[[list[int]], list[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what `work` makes of the rows, in batches that halve when memory runs out."""
+    """Yield what `work` makes of the rows, a batch at a time, whose pieces halve when memory runs out."""
 
-    def in_pieces(batch: Sequence[int]) -> Callable[[int], list[dict[str, Any]]]:
-        return lambda size: [made for piece in _batched(batch, size) for made in work(piece)]
+    def whole(batch: list[int]) -> list[dict[str, Any]]:
+        return pieces.whole(lambda size: [made for piece in microbatches(batch, size) for made in work(piece)])
 
     with torch.no_grad():
-        for batch in progress(list(_batched(rows, pieces.size)), desc=what):
-            yield from pieces.whole(in_pieces(batch))
-
-
-def _batched(rows: Sequence[T], size: int) -> Iterable[Sequence[T]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+        for batch in progress(list(microbatches(range(rows), pieces.size)), desc=f"{pieces.unit}, batches"):
+            yield from whole(batch)
