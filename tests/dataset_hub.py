@@ -11,39 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.hub import Loopback
 
 Files = Mapping[str, bytes]
 Answer = tuple[int, Any, dict[str, str]]
 
 
-class DatasetHub:
-    """The server, while the block runs."""
+class DatasetHub(Loopback):
+    """Datasets' repositories, to read from."""
 
     def __init__(self, repositories: Mapping[str, Mapping[str, Files]]):
+        super().__init__(_Handler)
         self.repositories = repositories
         self.requests: list[str] = []
         """ "METHOD /path" of each request, and how many bytes answered a ranged one."""
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> DatasetHub:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def environment(self, home: Path) -> dict[str, str]:
-        """Return the variables for a process that is to use this Hub, with its own cache."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
     def answer(self, command: str, path: str, query: Mapping[str, list[str]], body: bytes) -> Answer:
         """Return status, content and headers."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "t" * 34
@@ -48,11 +48,11 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose "METHOD /path" matches."""
+    """What happens to the next `times` requests whose "METHOD /path" matches: they wait, and are then refused."""
 
     pattern: str
     status: int | None = None
-    """None resets the connection."""
+    """None resets the connection, unless they are only to wait."""
     headers: dict[str, str] = field(default_factory=dict)
     times: int = 1
     after: bool = False
@@ -60,21 +60,14 @@ class Fault:
     wait_s: float = 0.0
 
 
-class Hub:
-    """The server, while the block runs."""
+class Loopback:
+    """A server on 127.0.0.1 that answers as `handler` does, while the block runs; `handler.hub` is this object."""
 
-    def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
-        self.before: Callable[[str], None] = lambda request: None
-        """Called with each "METHOD /path" before it is served."""
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
-    def __enter__(self) -> Hub:
+    def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
@@ -82,10 +75,23 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Variables for a process that is to use this Hub, with its own empty cache."""
+    def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
+        """Variables for a process that is to use this Hub, with its own cache."""
         found = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return found if token is None else {**found, "HF_TOKEN": token}
+
+
+class Hub(Loopback):
+    """Models' repositories, to push to and to load from."""
+
+    def __init__(self) -> None:
+        super().__init__(_Handler)
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.before: Callable[[str], None] = lambda request: None
+        """Called with each "METHOD /path" before it is served."""
 
     def add(self, name: str, files: dict[str, bytes], *, private: bool = False) -> Repository:
         """Make a repository with one commit."""
@@ -120,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = next((one for one in self.hub.faults if one.times and re.search(one.pattern, request)), None)
         if fault is not None:
             fault.times -= 1
-            time.sleep(fault.wait_s)
+            time.sleep(fault.wait_s)  # the fault itself: a server that takes so long
             if fault.after:
                 self._respond(request, parse_qs(url.query), body)
             if fault.status is None and not fault.wait_s:

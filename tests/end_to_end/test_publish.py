@@ -81,7 +81,7 @@ def test_a_pushed_run_is_loaded_by_others(hub, workplace, tmp_path):
         "assert torch.equal(ours(ids).logits, local(ids).logits)\n"
     )
     words = [sys.executable, "-c", code, str(workplace / "model"), str(workplace / "run" / "ppo" / "adapter")]
-    environment = {**os.environ, **hub.environment(tmp_path / "empty")}
+    environment = {**os.environ, **hub.environment(tmp_path / "empty", TOKEN)}
     loaded = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
 
@@ -113,6 +113,14 @@ def test_an_interrupted_push_is_completed(hub, workplace, fault):
     push(hub, workplace)
     assert len(hub.repositories[REPO].commits) == 2  # the empty repository, and ours
     assert "adapter_model.safetensors" in hub.files(REPO)
+
+
+def test_a_slow_hub_is_waited_for(hub, workplace):
+    """Answers that take seconds, of several kinds of request, are no failure."""
+    hub.faults += [Fault(pattern, wait_s=3) for pattern in ("POST .*/preupload/", "PUT /objects/", "POST .*/commit/")]
+    assert "at commit" in push(hub, workplace).stdout
+    assert not any(fault.times for fault in hub.faults)
+    assert len(hub.repositories[REPO].commits) == 2
 
 
 @pytest.mark.parametrize(
@@ -208,7 +216,7 @@ def test_a_recipe_publishes_and_a_failed_push_fails_no_run(hub, workplace, tmp_p
     words += ["--set", "publish.repo=me/tuned"]
 
     def run():
-        environment = {**chain.environment(), **hub.environment(tmp_path / "home")}
+        environment = {**chain.environment(), **hub.environment(tmp_path / "home", TOKEN)}
         return subprocess.run(
             words, capture_output=True, text=True, cwd=chain.ROOT, env=environment, timeout=300, check=True
         )
