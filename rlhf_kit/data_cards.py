@@ -279,6 +279,17 @@ NEEDED: Mapping[tuple[str, ...], str] = {
 }
 
 
+def card_metadata(path: Path) -> dict[str, Any]:
+    """Return the front matter of a card as it is written, without looking for the files that it names.
+
+    Raises:
+        InputError: there is none, or it has no block rlhf_kit.
+    """
+    front, _ = _front_matter(path)
+    metadata: dict[str, Any] = front.value
+    return metadata
+
+
 def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard:
     """Return the card in the file `path`; its relative sources are looked for in `data_root`, beside it, and here.
 
@@ -290,8 +301,6 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         raise InputError(f"{data_root}: is no folder, so there are no data in it; mend --data-root (or data_root)")
     front, text = _front_matter(path)
     metadata = front.value
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("rlhf_kit"), dict):
-        raise InputError(_no_block(front))
     raw = dict(metadata["rlhf_kit"])
     for name in ("filters", "columns", "templates"):
         if name in raw and raw[name] is None:  # its every key commented out
@@ -332,7 +341,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
 
 
 def _front_matter(path: Path) -> tuple[MarkedYaml, str]:
-    """Return the YAML between the two lines "---", and the text below."""
+    """Return the YAML between the two lines "---", which has a block rlhf_kit, and the text below."""
     lines = read_text(path, "data card", (".md",)).splitlines(keepends=True)
     fences = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
     if not fences or "".join(lines[: fences[0]]).strip():
@@ -340,7 +349,10 @@ def _front_matter(path: Path) -> tuple[MarkedYaml, str]:
     if len(fences) == 1:
         raise InputError(f"{path}:{fences[0] + 1}: the front matter has no end; close it with a line ---")
     first, last = fences[:2]
-    return read_yaml("".join(lines[first + 1 : last]), str(path), first + 2), "".join(lines[last + 1 :]).strip()
+    front = read_yaml("".join(lines[first + 1 : last]), str(path), first + 2)
+    if not isinstance(front.value, dict) or not isinstance(front.value.get("rlhf_kit"), dict):
+        raise InputError(_no_block(front))
+    return front, "".join(lines[last + 1 :]).strip()
 
 
 _FORM = (

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from rlhf_kit import artifacts
-from rlhf_kit.data_cards import HubSource, load_card
+from rlhf_kit.data_cards import card_metadata
 from rlhf_kit.errors import InputError, NotPushed, first_line
 from rlhf_kit.finished import FinishedRun
 from rlhf_kit.marked_yaml import write_yaml
@@ -194,13 +194,11 @@ def _cards(run: FinishedRun) -> dict[str, str]:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """Return what the model card tells of a data card."""
-    try:
-        card = load_card(path)
-    except InputError:  # its files are not here, which is no matter for its description
-        return {"name": path.stem, "license": None, "hub": None}
-    hub = card.sources.repo if isinstance(card.sources, HubSource) else None
-    return {"name": card.name, "license": card.metadata.get("license"), "hub": hub}
+    """Return what the model card tells of a data card, whose own files need not be here."""
+    metadata = card_metadata(path)
+    source = metadata["rlhf_kit"].get("source")
+    hub = source.get("hub") if isinstance(source, dict) else None
+    return {"name": path.stem, "license": metadata.get("license"), "hub": hub}
 
 
 def _recipe(run: FinishedRun) -> str:

@@ -46,7 +46,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         return [row.prompt for row in (*examples.train, *examples.heldout)]
     prompts: list[Prompt]
     if path.suffix == ".txt":
-        prompts = [line for line in _read(path).splitlines() if line.strip()]
+        prompts = [line for line in _text(path).splitlines() if line.strip()]
     else:
         prompts = [_prompt(cells.get("prompt"), where) for where, cells in _rows(path)]
     if not prompts:
@@ -78,8 +78,7 @@ def read_answers(path: Path) -> list[tuple[Prompt, str]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file.")
+    _check_file(path)
     if data_suffix(path) is None:
         raise InputError(
             f"{path}: is no data file; use .jsonl, .json, .csv, .tsv, .parquet or .arrow (also .gz, .zst)."
@@ -87,7 +86,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return file_rows(path)
 
 
-def _read(path: Path) -> str:
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file.")
+
+
+def _text(path: Path) -> str:
+    _check_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

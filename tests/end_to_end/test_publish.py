@@ -66,6 +66,9 @@ def test_a_pushed_run_is_loaded_by_others(hub, workplace, tmp_path):
     front = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
     assert front["base_model"] == "me/base" and front["base_model_relation"] == "adapter"
     assert front["library_name"] == "peft" and front["license"] == "cc0-1.0"
+    assert "licence" not in result.stderr.replace("licence of me/base", ""), "every data card says its own"
+    table = files["README.md"].decode().partition("| held-out prompts |")[2].splitlines()[1:5]
+    assert [row[:2] for row in table] == ["|-", "| ", "| ", "| "], "a table has no empty lines"
     measured = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
     summary = json.loads(files["summary.json"])
     assert measured["score"] == pytest.approx(summary["systems"]["ppo"]["score"], abs=1e-3)

@@ -188,6 +188,8 @@ def test_a_chat_on_a_terminal_survives_ctrl_c(workplace):
         (("score", "RUN", "nosuch.jsonl"), "no such file"),
         (("score", "RUN", "BAD"), "completion"),
         (("sample", "RUN", "--prompts", "EMPTY", "--out", "x.jsonl"), "holds no prompt"),
+        (("sample", "RUN", "--prompts", "none.txt", "--out", "x.jsonl"), "none.txt: there is no such file"),
+        (("sample", "RUN", "--prompts", "EMPTY", "--out", "EMPTY"), "is there already"),
         (("merge", "RUN", "--stage", "ppo", "--out", "no/such/folder"), "no folder"),
         (("merge", "nosuch", "--stage", "ppo", "--out", "x"), "nosuch"),
     ],
