@@ -73,7 +73,7 @@ def ours(folder: Path, seed: int) -> Result:
     ]
     seen = watch(command, folder, environment())
     manifest = json.loads((folder / "run" / "reward" / "manifest.json").read_text())
-    return _result(seen, manifest["steps"], manifest["heldout"]["accuracy"], manifest["settings"]["epochs"])
+    return _result(seen, manifest["steps"], manifest["health"]["accuracy"], manifest["settings"]["epochs"])
 
 
 def theirs(folder: Path, seed: int, microbatch: int) -> Result:
@@ -100,10 +100,9 @@ def worker(folder: Path, seed: int, microbatch: int) -> None:
     from transformers import TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
-    from rlhf_kit import check, models
+    from rlhf_kit import check, health, models
     from rlhf_kit.collate import load_text_format, right_pad, tokenise_comparisons
     from rlhf_kit.recipe import load_recipe
-    from rlhf_kit.stages.reward import accuracy
     from rlhf_kit.training import optimizer_steps
 
     recipe = load_recipe("recipe.yaml")
@@ -161,7 +160,8 @@ def worker(folder: Path, seed: int, microbatch: int) -> None:
         for group in heldout:
             ids, mask = right_pad(group["completions"], text_format.pad_id)
             scores.append(models.sequence_scores(model, ids, mask.long()))
-    print(json.dumps({"steps": steps, "epochs": settings.epochs, "accuracy": accuracy(heldout, scores)["accuracy"]}))
+    found = health.accuracy(health.pairs_of(heldout), torch.cat(scores).numpy())
+    print(json.dumps({"steps": steps, "epochs": settings.epochs, "accuracy": found["accuracy"]}))
 
 
 if __name__ == "__main__":

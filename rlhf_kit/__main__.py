@@ -15,10 +15,10 @@ from typing import Annotated
 
 import typer
 
-from rlhf_kit.errors import Diverged, InputError, Interrupted, NotPushed, OutOfRoom
+from rlhf_kit.errors import Diverged, InputError, Interrupted, NotPushed, OutOfRoom, RequirementMissed
 
 FAILED, INPUT_IS_WRONG, STOPPED = 1, 2, 75
-EXIT_CODES = {Diverged: FAILED, NotPushed: FAILED, OutOfRoom: FAILED, InputError: INPUT_IS_WRONG, Interrupted: STOPPED}
+ENDS = (InputError, Interrupted, Diverged, NotPushed, OutOfRoom, RequirementMissed)
 LIBRARIES = "accelerate|bitsandbytes|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl"
 
 app = typer.Typer(
@@ -311,10 +311,10 @@ def main() -> None:
     quiet_libraries()
     try:
         app(prog_name="rlhf-kit")
-    except (Diverged, InputError, Interrupted, NotPushed, OutOfRoom) as error:
+    except ENDS as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once for each process
             print(error, file=sys.stderr)
-        sys.exit(EXIT_CODES[type(error)])
+        sys.exit({InputError: INPUT_IS_WRONG, Interrupted: STOPPED}.get(type(error), FAILED))
 
 
 def quiet_libraries() -> None:

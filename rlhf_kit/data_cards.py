@@ -200,6 +200,8 @@ class DataCard:
     """Share of prompts, chosen by their hash; or where the held-out rows are."""
     shared_prompts: Literal["error", "drop"]
     filters: Filters
+    slices: tuple[str, ...]
+    """Columns by whose values a reward model's accuracy is told apart."""
     on_problem: Literal["error", "drop"]
     special_tokens: SpecialTokens
     metadata: Mapping[str, Any]
@@ -263,6 +265,8 @@ class _Block(Settings):
     """What becomes of held-out rows whose prompt is trained on, where heldout is a file or split."""
     filters: Filters = Filters()
     """Which rows are taken."""
+    slices: list[Text] = Field(default=[])
+    """Columns of comparisons, such as subset, for each of whose values a reward model's accuracy is told."""
     on_problem: Literal["error", "drop"] = "error"
     """What becomes of rows that break a rule: the run stops and shows them, or they are left out and counted."""
     special_tokens: SpecialTokens = "escape"
@@ -333,6 +337,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         heldout=heldout,
         shared_prompts=block.shared_prompts,
         filters=block.filters,
+        slices=tuple(block.slices),
         on_problem=block.on_problem,
         special_tokens=block.special_tokens,
         metadata={key: value for key, value in metadata.items() if key != "rlhf_kit"},
@@ -454,6 +459,8 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
         yield ("rlhf_kit", "columns", judged[1]), f"says again which is better, as {judged[0]} does; map one of them"
     if "first" in shape.needed and not columns.keys() & set(shape.judged) and raw.get("preferred") is None:
         yield ("rlhf_kit", "columns"), f"map one of {', '.join(shape.judged)}, which says which completion is better"
+    if raw.get("slices") and (kind not in ("preferences", "rankings") or raw.get("format") == "threads"):
+        yield ("rlhf_kit", "slices"), "is for preferences and rankings, whose rows are comparisons"
     if isinstance(templates, dict) and templates:
         yield from _template_problems(templates, columns, shape, kind, marked)
     yield from _judgement_problems(raw, columns, shape)

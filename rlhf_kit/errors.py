@@ -5,7 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Diverged", "InputError", "Interrupted", "OutOfRoom", "did_you_mean", "first_line", "printable"]
+__all__ = [
+    "Diverged",
+    "InputError",
+    "Interrupted",
+    "NotPushed",
+    "OutOfRoom",
+    "RequirementMissed",
+    "did_you_mean",
+    "first_line",
+    "printable",
+]
 
 MOST = 100
 """Problems that one InputError tells."""
@@ -46,6 +56,10 @@ class Interrupted(BaseException):
 
 class Diverged(ArithmeticError):
     """A loss, gradient or score is NaN or infinite, and going on would destroy the weights. Ends with exit code 1."""
+
+
+class RequirementMissed(Exception):
+    """A reward model is not what the recipe requires it to be; it is finished and kept. Ends with exit code 1."""
 
 
 class OutOfRoom(Exception):

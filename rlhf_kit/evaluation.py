@@ -99,7 +99,10 @@ def _reward_figures(
     if not stages:
         return {}
     name, stage = stages[-1]
-    figures: dict[str, Any] = dict(manifests[name]["heldout"])
+    health = manifests[name].get("health")
+    if health is None:
+        return {}  # nothing was held out
+    figures: dict[str, Any] = {key: health[key] for key in ("accuracy", "accuracy_ci", "pairs", "prompts")}
     if recipe.evaluation.gold is not None:
         figures["best_reachable"] = gold_accuracy(recipe.evaluation.gold, examples[stage.data].heldout)
     return figures

@@ -71,6 +71,8 @@ class Preference:
     probability: float | None = None
     """That `chosen` is the better one, from several votes; None is 1, and 0.5 a tie."""
     special_tokens: SpecialTokens = "escape"
+    slices: Mapping[str, str] = field(default_factory=dict)
+    """Values of the columns that the card names as slices."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Ranking:
     margin_per_point: float = 0.0
     """Margin of a pair per point by which its ratings differ, as the card says."""
     special_tokens: SpecialTokens = "escape"
+    slices: Mapping[str, str] = field(default_factory=dict)
+    """As a preference's."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +279,7 @@ def _content(row: Row) -> str:
     content = {**vars(row), "where": ""}
     if row.special_tokens == "escape":  # as if there were no choice
         del content["special_tokens"]
+    content.pop("slices", None)  # they say how results are told apart, and change none
     return _encode(content)
 
 
@@ -416,6 +421,9 @@ def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book)
     try:
         read = _Cells(card, cells, where)
         rows = _rows(read)
+        if card.slices:
+            found = read.slices()
+            rows = [replace(row, slices=found) for row in rows if isinstance(row, Preference | Ranking | _Answer)]
     except (_Broken, Missing) as problem:
         book.drop(problem.reason, f"{where}: {problem.detail}")
     except _LeftOut as left_out:
@@ -476,6 +484,10 @@ def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
         if not is_there(name, cells):
             near = did_you_mean(name, cells).replace("; known", "; columns")
             problems.append(f"{where}: there is no column {name}, which filters.where of {card.path} names{near}")
+    for name in card.slices:
+        if not is_there(name, cells):
+            near = did_you_mean(name, cells).replace("; known", "; columns")
+            problems.append(f"{where}: there is no column {name}, which slices of {card.path} names{near}")
     if problems:
         raise InputError([printable(problem) for problem in problems])
 
@@ -629,14 +641,12 @@ def _counted_votes(rows: Iterable[Preference], votes: str, book: Book) -> Iterat
         chosen, rejected = (first.chosen, first.rejected) if share >= 0.5 else (first.rejected, first.chosen)
         share = max(share, 1 - share)
         annotators = {row.annotator for row in cast}
-        yield Preference(
-            first.prompt,
-            chosen,
-            rejected,
-            first.where,
-            first.margin,
-            annotators.pop() if len(annotators) == 1 else None,
-            None if share == 1 else share,
+        yield replace(
+            first,
+            chosen=chosen,
+            rejected=rejected,
+            annotator=annotators.pop() if len(annotators) == 1 else None,
+            probability=None if share == 1 else share,
         )
 
 
@@ -661,6 +671,7 @@ class _Answer:
     """Its rank or its rating."""
     where: str
     annotator: str | None
+    slices: Mapping[str, str] = field(default_factory=dict)
 
 
 def _ranking(read: _Cells) -> Ranking:
@@ -742,7 +753,7 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
                 raise _Broken("not 2 to 9 completions", f"{count} completions of this prompt; a ranking has 2 to 9")
             numbers = [row.number for row in group]
             rated = "rating" in card.columns
-            yield _ranked(
+            ranking = _ranked(
                 first.prompt,
                 [row.completion for row in group],
                 _ranks(numbers, best_is_high=rated),
@@ -751,6 +762,7 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
                 first.annotator,
                 card.margin_per_point,
             )
+            yield replace(ranking, slices=first.slices)
             book.merged["completions of one prompt"] += count - 1
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", count)
@@ -968,6 +980,11 @@ class _Cells:
         if margin is not None and not abs(margin) < float("inf"):
             raise _Broken("margin is no number", f"{self.called('margin')} must be a number; seen {short(cell)}")
         return margin
+
+    def slices(self) -> dict[str, str]:
+        """Return the values of the columns that the card names as slices, None and "" being none."""
+        found = {name: value_of(name, self.cells) for name in self.card.slices if is_there(name, self.cells)}
+        return {name: str(value) for name, value in found.items() if value not in (None, "")}
 
     def annotator(self) -> str | None:
         cell = self.cell("annotator") if self.has("annotator") else None

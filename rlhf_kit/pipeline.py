@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, report, scorers
+from rlhf_kit import artifacts, check, distributed, evaluation, health, metrics, models, report, scorers
 from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
@@ -37,7 +37,7 @@ from rlhf_kit.collate import (
     tokenise_demonstrations,
     tokenise_prompts,
 )
-from rlhf_kit.errors import InputError, Interrupted, NotPushed, did_you_mean, first_line
+from rlhf_kit.errors import InputError, Interrupted, NotPushed, RequirementMissed, did_you_mean, first_line
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
 from rlhf_kit.memory import keep_freed_memory
@@ -49,7 +49,7 @@ from rlhf_kit.token_cache import tokenised
 
 CARD_FIELDS = ("data", "normalize_on", "prompts")
 """Settings that name a data card: a stage is known by the card's content, not by its path."""
-NOT_OF_THE_RESULT = ("checkpoint_every", "keep_checkpoints", "kl_budget", "on_nonfinite", "max_skipped")
+NOT_OF_THE_RESULT = ("checkpoint_every", "keep_checkpoints", "kl_budget", "on_nonfinite", "max_skipped", "require")
 """Settings that change nothing a stage leaves behind; a finished stage is not run again for them."""
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -377,8 +377,11 @@ class Pipeline:
                 self._tidy(name)
                 say(f"{name}: finished already, nothing has changed; skipped")
                 return made_from, True
+            self._require_healthy(name)
             say(f"{name}: runs again, because of {_listed(changed)}; the old one is kept until then")
-        elif (folder / artifacts.STARTED).is_file():
+        else:
+            self._require_healthy(name)
+        if manifest is None and (folder / artifacts.STARTED).is_file():
             begun = artifacts.read_json(folder / artifacts.STARTED)
             changed = artifacts.differences(begun["made_from"], made_from)
             checkpoints = folder / artifacts.CHECKPOINTS
@@ -398,6 +401,27 @@ class Pipeline:
         started = {"made_from": made_from, "seconds": 0.0, "environments": [self._environment()]}
         artifacts.write_json(folder / artifacts.STARTED, started)
         return made_from, False
+
+    def _require_healthy(self, name: str) -> None:
+        """Look whether the reward model that a stage learns from is what the recipe requires.
+
+        Raises: RequirementMissed when it is not, unless the recipe says warn.
+        """
+        for stage in self.recipe.depends_on(name):
+            settings = self.recipe.stages[stage]
+            manifest = artifacts.read_manifest(self.folder / stage)
+            if not isinstance(settings, RewardStage) or manifest is None:
+                continue
+            unmet = health.unmet(settings.require, manifest.get("health"))
+            if not unmet:
+                continue
+            told = f"{name}: learns from {stage}, which misses what stages.{stage}.require asks for: {'; '.join(unmet)}"
+            if settings.require.action == "stop":
+                raise RequirementMissed(
+                    f"{told}. It is not started; better or more data, another setting of {stage}, a lower requirement "
+                    "or action: warn would let it."
+                )
+            say(told)
 
     def _environment(self) -> dict[str, Any]:
         device = _device_name(self.accelerator.device)
@@ -570,7 +594,7 @@ def _on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
-        except (InputError, OSError) as error:
+        except (InputError, RequirementMissed, OSError) as error:
             outcome[1] = error
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)

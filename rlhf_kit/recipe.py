@@ -44,6 +44,7 @@ __all__ = [
     "Portion",
     "Publish",
     "Recipe",
+    "Require",
     "RewardStage",
     "SFTStage",
     "Stage",
@@ -185,6 +186,25 @@ class SFTStage(_Training):
     """A data card of kind demonstrations or text, or several to mix."""
 
 
+class Require(Settings):
+    """What a reward model must be before a stage learns from it, by its health report; null asks for nothing."""
+
+    accuracy: Fraction | None = None
+    """Held-out accuracy, at least."""
+    accuracy_lower_bound: Fraction | None = None
+    """The lower end of its 95 % interval, at least; above 0.5 it is better than a coin."""
+    accuracy_over_rules: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """By how much it is above that of the best trivial rule, such as "longer wins", at least."""
+    calibration_error: Fraction | None = None
+    """Expected calibration error, at most."""
+    length_correlation: Fraction | None = None
+    """Correlation of score and length, of either sign, at most."""
+    probes: Fraction | None = None
+    """Share of good answers that score no higher than what a probe made of them (empty, shuffled, ...), at most."""
+    action: Literal["stop", "warn"] = "stop"
+    """What becomes of the chain when one is missed: it ends before the stage that would learn from it, or goes on."""
+
+
 class RewardStage(_Training):
     """A reward model from preferences or rankings; a preference is a ranking of two.
 
@@ -219,6 +239,8 @@ class RewardStage(_Training):
     """Of the members' normalised scores: the mean, the least, or the mean less `ensemble_k` standard deviations."""
     ensemble_k: NonNegative = 1.0
     """Of `lower`: how many standard deviations over the members are taken off."""
+    require: Require = Require()
+    """What it must be before a stage learns from it."""
 
 
 class PPOStage(_Stage):
@@ -486,8 +508,9 @@ def _open_sections(raw: dict[str, Any]) -> dict[str, Any]:
             for key in ("data", "prompts") if isinstance(stage, dict) else ():
                 if isinstance(stage.get(key), list):  # a card's name alone is a portion without weight and cap
                     stage[key] = [{"card": card} if isinstance(card, str) else card for card in stage[key]]
-            if isinstance(stage, dict) and "checkpoint_every" in stage and stage["checkpoint_every"] is None:
-                stage["checkpoint_every"] = {}
+            for key in ("checkpoint_every", "require") if isinstance(stage, dict) else ():
+                if key in stage and stage[key] is None:
+                    stage[key] = {}
     return data
 
 
@@ -529,6 +552,7 @@ HOMES: Mapping[str, type[BaseModel]] = {
     **SECTIONS,
     **{f"stages.<{kind} stage>": settings for kind, settings in STAGE_KINDS.items()},
     "stages.<stage>.checkpoint_every": CheckpointEvery,
+    "stages.<reward stage>.require": Require,
 }
 
 NEEDED: Mapping[str, str] = {
@@ -613,6 +637,8 @@ def _settings_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
             return STAGE_KINDS.get(str(stage.get("kind"))) if isinstance(stage, dict) else None
         case ("stages", _, "checkpoint_every"):
             return CheckpointEvery
+        case ("stages", _, "require"):
+            return Require
         case ("stages", _, "data" | "prompts", int()):
             return Portion
         case (section,):

@@ -115,6 +115,12 @@ def length_matched_win_rate(
     return Rate(rate, (low, high), wins.size)
 
 
+def correlation(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float | None:
+    """Pearson's correlation of two columns; None where one of them does not vary."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return float(np.corrcoef(x, y)[0, 1]) if x.size and x.std() > 0 and y.std() > 0 else None
+
+
 def explained_variance(residual_variance: float, return_variance: float) -> float:
     """1 - Var(return - value) / Var(return): 1 for perfect values, 0 for a constant, below 0 for worse than one.
 

@@ -15,30 +15,33 @@ An ensemble is the same training several times, each member an adapter and a hea
 member's score is normalised before one is made of all.
 
 At its end the stage reads the adapters back from their folders, which must score as those it trained, and measures what
-others rely on: held-out accuracy, of each annotator too; mean and standard deviation of the scores of demonstrations,
-which become 0 and 1 in PPO (InstructGPT's zero point); and a probe, the scores of a few sequences for every later user
-to compare with.
+others rely on: mean and standard deviation of the scores of demonstrations,
+which become 0 and 1 in PPO (InstructGPT's zero point); a health report (health.py); and a probe, the scores of a few
+sequences for every later user to compare with.
 """
 
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from rlhf_kit import artifacts, distributed, token_cache
+from rlhf_kit import artifacts, distributed, health, token_cache
 from rlhf_kit.batches import Comparisons
 from rlhf_kit.collate import (
     Tokenised,
     compare,
     compared,
     forward_passes,
+    left_pad,
     right_pad,
     tokenise_comparisons,
     tokenise_demonstrations,
@@ -47,13 +50,14 @@ from rlhf_kit.collate import (
 )
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Demonstration, Preference, Ranking
-from rlhf_kit.generation import derived_seed
+from rlhf_kit.generation import derived_seed, generate, uniforms
 from rlhf_kit.maths import preference
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.maths.logprobs import OutputHead, token_logprobs
-from rlhf_kit.maths.statistics import clustered_wilson_interval
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import (
+    BASE,
+    SharedBase,
     add_adapter,
     classifier,
     context_length,
@@ -66,13 +70,15 @@ from rlhf_kit.models import (
 )
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage, SFTStage
-from rlhf_kit.rollout import logits_held
+from rlhf_kit.rollout import logits_held, microbatches
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.training import Training, Watched, evaluating, optimizer_steps, without_dropout
 
 NORMALISED_ON = 512
 """Demonstrations at most whose scores set the zero and the unit: standard error of the zero below 5 % of the unit."""
 PROBE = 8
+SAMPLED, SAMPLED_TOKENS = 64, 256
+"""Held-out prompts at most whose answers are sampled and spoilt for the health report, and tokens of a sample."""
 
 
 def run(job: Job) -> Outcome:
@@ -114,17 +120,21 @@ def measured(
     settings = job.settings
     assert isinstance(settings, RewardStage)
     examples = job.examples[settings.data]
+    samples = policy_samples(job, heldout.rows) if heldout else []
+    gc.collect()  # their base
     ensemble = Ensemble(job, pieces)
     ensemble.check(probe, [scores for scores, _ in trained])
 
     steps = optimizer_steps(len(groups.rows), settings)
     metrics: dict[str, float] = {}
     extra: dict[str, Any] = {"steps": steps, "tokens": sum(tokens for _, tokens in trained)}
-    extra["score_normalisation"] = ensemble.normalise_on(reference)
+    demonstrations = ensemble.normalise_on(reference)
+    extra["score_normalisation"] = ensemble.unit
     if heldout:
-        figures = heldout_figures(job, ensemble, heldout.rows)
-        extra |= figures
-        metrics["reward/heldout_accuracy"] = figures["heldout"]["accuracy"]
+        rows = [examples.heldout[row] for row in heldout.kept]
+        extra["health"] = health_report(job, ensemble, heldout.rows, rows, demonstrations, samples)
+        metrics["reward/heldout_accuracy"] = extra["health"]["accuracy"]
+        metrics["reward/calibration_error"] = extra["health"]["calibration"]["error"]
     if settings.ensemble > 1:
         extra["ensemble"] = ensemble.description()
         metrics["reward/ensemble_std"] = float(ensemble.last_std.mean())
@@ -326,6 +336,8 @@ class Ensemble:
             self.model.load_adapter(str(folder), str(number), torch_device=str(self.model.device))
         self.units: list[tuple[float, float]] = []
         """Mean and standard deviation of each member's raw scores of the demonstrations."""
+        self.unit: dict[str, Any] = {}
+        """Mean and standard deviation of the one score of the demonstrations, and what these were."""
         self.last_std = torch.zeros(0)
         """Of the rows scored last, the standard deviation over the members."""
 
@@ -345,12 +357,12 @@ class Ensemble:
                     )
         say(f"{self.job.name}: read back, the adapter gives the same {len(probe)} probe scores")
 
-    def normalise_on(self, reference: Mapping[str, Any]) -> dict[str, Any]:
-        """Return mean and standard deviation of the scores of the reference rows; from now on they are members' units.
+    def normalise_on(self, reference: Mapping[str, Any]) -> Tensor:
+        """Take mean and standard deviation of the scores of the reference rows as zero and unit; return these scores.
 
         Raises: InputError when they all have the same score.
         """
-        raw = self._raw(reference["rows"], "demonstrations")
+        raw = self.raw(reference["rows"], "demonstrations")
         self.units = [(float(scores.mean()), float(scores.std(correction=0))) for scores in raw]
         for mean, std in self.units:
             if not std > 0:
@@ -365,11 +377,12 @@ class Ensemble:
             "0 ± 1 in PPO"
         )
         kept = {"card": reference["card"], "heldout_rows": reference["heldout"], "tokenised": reference["counts"]}
-        return {"mean": mean, "std": std, "rows": len(scores), **kept}
+        self.unit = {"mean": mean, "std": std, "rows": len(scores), **kept}
+        return self.normalised(raw)
 
-    def score(self, rows: Sequence[Sequence[int]], what: str) -> Tensor:
-        """Return the scores [N], float64 on the CPU, of token rows, in their order and in every process."""
-        return self._combined(self._raw(rows, what))
+    def normalised(self, raw: Tensor) -> Tensor:
+        """Return one score [N] of the members' raw ones [n, N], in the unit of `normalise_on`."""
+        return (self._combined(raw) - self.unit["mean"]) / self.unit["std"]
 
     def score_alone(self, ids: Sequence[int]) -> float:
         """Return the score of one sequence without any padding."""
@@ -391,7 +404,7 @@ class Ensemble:
         if len(self.folders) > 1:
             self.model.set_adapter(str(member) if member else "default", inference_mode=True)
 
-    def _raw(self, rows: Sequence[Sequence[int]], what: str) -> Tensor:
+    def raw(self, rows: Sequence[Sequence[int]], what: str) -> Tensor:
         """Return the members' raw scores [n, N], float64 on the CPU; each row is read by some process."""
         job, accelerator = self.job, self.job.accelerator
         mine = distributed.share(len(rows), accelerator)
@@ -421,38 +434,99 @@ class Ensemble:
         return ensemble_score(normalised, self.settings.ensemble_score, self.settings.ensemble_k)
 
 
-def heldout_figures(job: Job, ensemble: Ensemble, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return "heldout", the accuracy on all pairs, and "accuracy_by_annotator", where annotators are known."""
-    scores = ensemble.score([ids for group in groups for ids in group["completions"]], "held-out completions")
-    pieces = scores.split([len(group["completions"]) for group in groups])
-    heldout = accuracy(groups, pieces)
-    low, high = heldout["accuracy_ci"]
-    say(f"{job.name}: held-out accuracy {heldout['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
-    by_annotator = {}
-    for annotator in sorted({group["annotator"] for group in groups} - {None}):
-        rows = [row for row, group in enumerate(groups) if group["annotator"] == annotator]
-        by_annotator[annotator] = accuracy([groups[row] for row in rows], [pieces[row] for row in rows])
-    return {"heldout": heldout} | ({"accuracy_by_annotator": by_annotator} if by_annotator else {})
+def health_report(
+    job: Job,
+    ensemble: Ensemble,
+    groups: Sequence[Mapping[str, Any]],
+    rows: Sequence[Preference | Ranking],
+    demonstrations: Tensor,
+    samples: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Return the health report on the held-out comparisons: `groups` are the tokens of `rows`.
 
-
-def accuracy(groups: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> dict[str, Any]:
-    """Return how often the better completion of a pair scores higher, ties of scores counted half, with its 95 %
-    interval; pairs of one prompt are not independent and count as fewer there.
-
-    scores: of the completions of each group.
+    demonstrations: the normalised scores of the rows that set zero and unit. samples: token rows of `policy_samples`.
     """
-    successes: dict[tuple[int, ...], float] = {}
-    trials: dict[tuple[int, ...], int] = {}
-    for group, scored in zip(groups, scores, strict=True):
-        prompt = tuple(group["completions"][0][: group["prompt_tokens"]])
-        difference = scored[group["chosen"]] - scored[group["rejected"]]
-        right = float((difference > 0).sum()) + float((difference == 0).sum()) / 2
-        successes[prompt] = successes.get(prompt, 0.0) + right
-        trials[prompt] = trials.get(prompt, 0) + len(difference)
-    interval = clustered_wilson_interval(list(successes.values()), list(trials.values()))
-    pairs = sum(trials.values())
-    rate = sum(successes.values()) / pairs
-    return {"accuracy": rate, "accuracy_ci": list(interval), "pairs": pairs, "prompts": len(trials)}
+    ids = [ids for group in groups for ids in group["completions"]]
+    raw = ensemble.raw(ids, "held-out completions")
+    prompts = [group["prompt_tokens"] for group in groups for _ in group["completions"]]
+    answers = health.Answers(
+        score=ensemble.normalised(raw).numpy(),
+        logit=raw.mean(0).numpy(),
+        tokens=np.asarray([len(row) - prompt for row, prompt in zip(ids, prompts, strict=True)]),
+        overlap=np.asarray([health.overlap(row.prompt, text) for row in rows for text in compared(row).completions]),
+    )
+    scored = {"demonstrations": demonstrations.numpy()}
+    if samples:
+        scored["policy samples"] = ensemble.normalised(ensemble.raw(samples, "policy samples")).numpy()
+    found = health.report(health.pairs_of(groups), answers, rows, scored, probed(job, ensemble, groups, rows, answers))
+    low, high = found["accuracy_ci"]
+    say(f"{job.name}: held-out accuracy {found['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    for concern in health.concerns(found):
+        say(f"{job.name}: {concern}")
+    return found
+
+
+def probed(
+    job: Job,
+    ensemble: Ensemble,
+    groups: Sequence[Mapping[str, Any]],
+    rows: Sequence[Preference | Ranking],
+    answers: health.Answers,
+) -> dict[str, np.ndarray]:
+    """Return, by probe, what it changes in the scores of the best answers to `SAMPLED` prompts at most."""
+    context = context_length(job.recipe.base)
+    first, changed, before = 0, defaultdict(list), defaultdict(list)
+    for group, row in list(zip(groups, rows, strict=True))[:SAMPLED]:
+        found = compared(row)
+        prompt = group["completions"][0][: group["prompt_tokens"]]
+        allow = row.special_tokens == "allow"
+        spoilt = health.spoilt(row.prompt, found.completions[found.best], derived_seed(job.recipe.seed, row.where))
+        for probe, text in spoilt.items():
+            ids = prompt + job.text_format.completion_ids(row.prompt, text, allow_special=allow)
+            if context is None or len(ids) <= context:
+                changed[probe].append(ids)
+                before[probe].append(answers.score[first + found.best])
+        first += len(found.completions)
+    every = [ids for probe in changed.values() for ids in probe]
+    if not every:
+        return {}
+    scores = ensemble.normalised(ensemble.raw(every, "probes")).split([len(ids) for ids in changed.values()])
+    return {probe: part.numpy() - np.asarray(before[probe]) for probe, part in zip(changed, scores, strict=True)}
+
+
+def policy_samples(job: Job, groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Return what the `init` stage's policy, or the base, writes to held-out prompts: token rows, prompt and answer.
+
+    An answer may have as many tokens as the longest held-out one, `SAMPLED_TOKENS` at most.
+    """
+    settings, recipe = job.settings, job.recipe
+    assert isinstance(settings, RewardStage)
+    prompts = list({tuple(group["completions"][0][: group["prompt_tokens"]]): None for group in groups})
+    longest = max(len(ids) - group["prompt_tokens"] for group in groups for ids in group["completions"])
+    limit, context = min(longest, SAMPLED_TOKENS), context_length(recipe.base)
+    prompts = [ids for ids in prompts if ids and (context is None or len(ids) + limit <= context)][:SAMPLED]
+    shared = SharedBase(load_base(recipe.base, job.text_format, job.accelerator), recipe.base)
+    role = BASE
+    if settings.init is not None:
+        shared.add(role := settings.init, job.input_folder(settings.init) / "adapter")
+    pieces = Pieces(f"stages.{job.name}.microbatch", SAMPLED, "prompts", job.accelerator)
+
+    def sampled(size: int) -> list[list[int]]:
+        rows = []
+        for batch in microbatches(range(len(prompts)), size):
+            completions = generate(
+                shared,
+                role,
+                left_pad([prompts[row] for row in batch], job.text_format.pad_id),
+                uniforms(batch, len(prompts), limit, recipe.seed, job.name, "health"),
+                end_id=job.text_format.end_id,
+                pad_id=job.text_format.pad_id,
+            )
+            for row, ids, mask in zip(batch, completions.completion_ids, completions.completion_mask, strict=True):
+                rows.append([*prompts[row], *ids[mask].tolist()])
+        return rows
+
+    return pieces.whole(sampled)
 
 
 def reference_rows(job: Job, limit: int | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"data_cards", "artifacts"},
     {"data_files"},
     {"examples", "batches", "chat_templates"},
-    {"collate", "check", "audit"},
+    {"collate", "check", "audit", "health"},
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces"},
     {"rollout", "evaluation", "training", "preview", "finished"},

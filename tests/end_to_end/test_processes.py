@@ -85,7 +85,7 @@ def test_two_processes_learn_the_same_from_rankings(tmp_path):
         assert distance(reference, adapter(two, member)) <= 10 * order_alone + 1e-6 * size
     first, second = (json.loads((out / "manifest.json").read_text()) for out in (one, two))
     assert first["steps"] == second["steps"] and first["cost"]["tokens"] == second["cost"]["tokens"]
-    assert first["heldout"]["pairs"] == second["heldout"]["pairs"]
+    assert first["health"]["pairs"] == second["health"]["pairs"]
     for line, other in zip(metrics(one.parent, "reward"), metrics(two.parent, "reward"), strict=True):
         assert line.keys() == other.keys()
         for name in line.keys() & {"reward/loss", "reward/lm_loss", "reward/ensemble_std"}:

@@ -21,8 +21,8 @@ CHECKPOINTS = tuple(f"stages.{stage}.checkpoint_every.updates=1" for stage in ST
 SHORT = (*CHECKPOINTS, "stages.sft.max_steps=3", "stages.reward.max_steps=3", "stages.ppo.updates=2")
 KILLS_A_RUN = 5
 ENDS = (0, 75, 1, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
-"""Exit codes of runs that are killed: done, stopped, left alone by a partner, ended while it printed what it had finished
-(130, an interrupted command's), or before it looked for signals."""
+"""Exit codes of runs that are killed: done, stopped, left alone by a partner, interrupted while it printed what it had
+finished (130), or ended before it looked for signals."""
 
 
 def undisturbed(server: Server, recipe: Path, out: Path, settings: tuple[str, ...], processes: int = 1) -> Ended:

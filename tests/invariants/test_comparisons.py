@@ -191,26 +191,15 @@ def test_rankings_are_learnt_and_measured(tmp_path):
     """Held-out accuracy is over untied pairs, its interval counts prompts, and annotators have figures of their own."""
     recipe = make_recipe(tmp_path, ranked=True, reward={"init": None})
     outcome = reward.run(make_job(recipe, "reward", tmp_path))
-    heldout = outcome.extra["heldout"]
+    heldout = outcome.extra["health"]
     assert heldout["accuracy"] == 1.0
     assert heldout["pairs"] == 5 * heldout["prompts"] == 5 * outcome.data["heldout"]["rows"]
     assert heldout["accuracy_ci"][0] == pytest.approx(1 / (1 + 1.96**2 / heldout["prompts"]), abs=1e-3)  # Wilson at 1
     assert outcome.data["train"]["tokenised"]["tied pairs left out"] == outcome.data["train"]["rows"]
-    by_annotator = outcome.extra["accuracy_by_annotator"]
+    by_annotator = heldout["by"]["annotator"]
     assert by_annotator.keys() == {"ann", "bob"}
     assert sum(figures["pairs"] for figures in by_annotator.values()) == heldout["pairs"]
     assert {"accuracy", "accuracy_ci", "pairs", "prompts"} == by_annotator["ann"].keys()
-
-
-def test_accuracy_by_hand():
-    """Right, equal and wrong of three pairs of one prompt: a half; and the same prompt in two rows is one cluster."""
-    rows = [
-        {"completions": [[1, 2, 3], [1, 2, 4], [1, 2, 5]], "chosen": [0, 1, 0], "rejected": [1, 2, 2]},
-        {"completions": [[1, 2, 6], [1, 2, 7]], "chosen": [1], "rejected": [0]},
-    ]
-    rows = [{"prompt_tokens": 2, **row} for row in rows]
-    found = reward.accuracy(rows, [torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0, 1.0])])
-    assert (found["accuracy"], found["pairs"], found["prompts"]) == ((1 + 0 + 0.5 + 1) / 4, 4, 1)
 
 
 # ---------------------------------------------------------------- ensembles

@@ -45,8 +45,8 @@ def test_chain_learns_and_loads_with_plain_peft(here, quantization, dtype):
     tuned = sft.run(make_job(recipe, "sft", here))
     assert tuned.metrics["sft/heldout_loss"] < tuned.metrics["sft/heldout_loss_before"] - 1
     told = reward.run(make_job(recipe, "reward", here))
-    assert told.extra["heldout"]["accuracy"] == 1.0
-    low, high = told.extra["heldout"]["accuracy_ci"]
+    assert told.extra["health"]["accuracy"] == 1.0
+    low, high = told.extra["health"]["accuracy_ci"]
     assert 0 < low < high == 1.0
     assert told.extra["score_normalisation"]["std"] > 0 and len(told.extra["probe"]) == 8
 

@@ -274,6 +274,46 @@ class TestFilters:
         assert message.endswith("filters.where of c.md names; did you mean language?")
 
 
+class TestSlices:
+    ROWS = [  # noqa: RUF012
+        {"prompt": f"Q{n // 2}", "completion": f"A{n}", "rating": n % 2, "subset": subset, "at": {"level": n // 4}}
+        for n, subset in enumerate(["chat"] * 4 + ["code"] * 4)
+    ]
+
+    def test_values_are_kept_as_text(self, here):
+        """Also of columns inside columns, and where completions of one prompt are put together."""
+        found = load(self.ROWS, "rankings", columns={"rating": "rating"}, slices=["subset", "at.level"], heldout=0.3)
+        rows = sorted([*found.train, *found.heldout], key=lambda row: row.prompt)
+        assert [dict(row.slices) for row in rows] == [{"subset": "chat", "at.level": "0"}] * 2 + [
+            {"subset": "code", "at.level": "1"}
+        ] * 2
+
+    def test_they_change_no_content(self, here):
+        """A stage is not run again because a card tells its rows apart; votes that are counted keep their slices."""
+        rows = [{"prompt": f"Q{n}", "first": "a", "second": "b", "preferred": 1, "subset": "x"} for n in range(9)] * 2
+        card = {
+            "columns": {"first": "first", "preferred": "preferred"},
+            "preferred": {"first": 1, "second": 2},
+            "votes": "majority",
+        }
+        plain, sliced = load(rows, "preferences", **card), load(rows, "preferences", **card, slices=["subset"])
+        assert plain.content_hash == sliced.content_hash
+        assert {row.slices["subset"] for row in sliced.train} == {"x"} and not plain.train[0].slices
+
+    def test_a_gap_is_no_slice(self, here):
+        rows = [{"prompt": f"Q{n}", "chosen": "a", "rejected": "b", "subset": ["", None, "x"][n % 3]} for n in range(9)]
+        found = load(rows, "preferences", slices=["subset"])
+        assert [dict(row.slices) for row in found.train + found.heldout].count({}) == 6
+
+    def test_an_unknown_column(self, here):
+        (message,) = wrong(self.ROWS, "rankings", columns={"rating": "rating"}, slices=["subst"])
+        assert message.endswith("there is no column subst, which slices of c.md names; did you mean subset?")
+
+    def test_only_comparisons_have_them(self, here):
+        (message,) = wrong([{"prompt": "Q"}], "prompts", slices=["subset"])
+        assert message.endswith("slices: is for preferences and rankings, whose rows are comparisons")
+
+
 class TestSplit:
     def test_a_prompt_is_on_one_side(self, here):
         """Rows of one prompt stay together, in order, and about the share asked for is held out."""
