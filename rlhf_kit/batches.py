@@ -41,6 +41,8 @@ class Completions:
     """[B, C] bool, true through the end token."""
     ended: Tensor
     """[B] bool, true where the completion ended by itself within its limit."""
+    logprobs: Tensor
+    """[B, C] nats, of each token under the distribution that it was drawn from; 0 on padding."""
 
 
 @dataclass(frozen=True)

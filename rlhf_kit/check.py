@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 WITH_PROMPTS = ("prompts", "demonstrations", "preferences", "rankings")
+LEAST_WATCHED = 8
+"""Held-out prompts, for `watch`."""
 MEASURED = 64
 """Of the rows whose characters say that they fit, so many are tokenised to say how long the longest is."""
 
@@ -96,9 +98,9 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
     problems += _heldout_problems(recipe, examples)
     problems += _function_problems(recipe)
     for name, stage in recipe.stages.items():
-        if isinstance(stage, PPOStage) and recipe.reward_source(name) == "model" and Path(stage.reward).is_dir():
-            folder_problems = ModelFolder(Path(stage.reward)).problems()
-            problems += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in folder_problems]
+        for at, scorer in scorers_of(name, stage).items():
+            if recipe.scorer_source(scorer) == "model" and Path(scorer).is_dir():
+                problems += [f"{recipe.where(at)}: {problem}" for problem in ModelFolder(Path(scorer)).problems()]
     too_long: list[_TooLong] = []
     if base is not None:
         too_long = list(_too_long(recipe, base, examples))
@@ -122,12 +124,21 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
             fields["normalize_on"] = stage.normalize_on, ("demonstrations",)
         else:
             fields["prompts"] = stage.prompts, WITH_PROMPTS
+            fields["ptx.data"] = stage.ptx.data if stage.ptx else None, ("text", "demonstrations")
         for key, (written, kinds) in fields.items():
             for path in [] if written is None else cards_of(written):
                 uses.setdefault(path, {})[f"stages.{name}.{key}"] = kinds
     if recipe.evaluation.prompts is not None:
         uses.setdefault(recipe.evaluation.prompts, {})["evaluation.prompts"] = WITH_PROMPTS
     return uses
+
+
+def scorers_of(name: str, stage: SFTStage | RewardStage | PPOStage) -> dict[str, str]:
+    """Return what scores the completions of a stage: {"stages.ppo.reward": what it names}; empty unless it is ppo."""
+    if not isinstance(stage, PPOStage):
+        return {}
+    gold = {} if stage.watch is None or stage.watch.gold is None else {f"stages.{name}.watch.gold": stage.watch.gold}
+    return {f"stages.{name}.reward": stage.reward, **gold}
 
 
 def _mix(recipe: Recipe, examples: dict[Cards, Examples]) -> list[str]:
@@ -178,6 +189,13 @@ def _heldout_problems(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Ite
                 f"{recipe.where(f'stages.{name}.data')}: {named(stage.data)} holds no pairs out to measure the "
                 "accuracy on; write heldout: 0.1 in the card"
             )
+        if isinstance(stage, PPOStage) and stage.watch is not None and stage.prompts in examples:
+            heldout = len(prompts_of(examples[stage.prompts]).heldout)
+            if heldout < LEAST_WATCHED:
+                yield (
+                    f"{recipe.where(f'stages.{name}.watch')}: {named(stage.prompts)} holds {heldout} prompts out, and "
+                    f"{LEAST_WATCHED} are the least that say something; write heldout: 0.1 in the card"
+                )
     card = evaluation_card(recipe)
     if card is not None and card in examples and not examples[card].heldout:
         yield (
@@ -189,8 +207,9 @@ def _heldout_problems(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Ite
 def _function_problems(recipe: Recipe) -> Iterable[str]:
     functions = {} if recipe.evaluation.gold is None else {"evaluation.gold": recipe.evaluation.gold}
     for name, stage in recipe.stages.items():
-        if isinstance(stage, PPOStage) and recipe.reward_source(name) == "function":
-            functions[f"stages.{name}.reward"] = stage.reward
+        for at, scorer in scorers_of(name, stage).items():
+            if recipe.scorer_source(scorer) == "function":
+                functions[at] = scorer
     for use, function in functions.items():
         package = function.partition(":")[0].partition(".")[0]
         here = [Path(package).with_suffix(".py"), Path(package)]
@@ -451,7 +470,20 @@ def _stage_lines(
         if stage.prompts in examples:
             prompts = len(prompts_of(examples[stage.prompts]).train)
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
-        return [line]
+        lines = [line]
+        if stage.watch is not None:
+            gold = f", gold {stage.watch.gold}" if stage.watch.gold else ""
+            then = f"; guard: {stage.guard.action}" if stage.guard else ""
+            lines.append(
+                f"         watched every {stage.watch.every:,} updates on {stage.watch.count:,} held-out prompts at "
+                f"most{gold}{then}"
+            )
+        if stage.ptx is not None:
+            steps = stage.updates * stage.epochs * stage.minibatches
+            lines.append(
+                f"         ptx: {steps * stage.ptx.batch_size:,} texts of {stage.ptx.data}, coef {stage.ptx.coef:g}"
+            )
+        return lines
     units = {"preferences": "pairs", "rankings": "rankings"}
     kinds = {type(row) for row in examples[stage.data].train} if stage.data in examples else set()
     unit = units.get(examples[stage.data].card.kind, "rows") if len(kinds) == 1 else "rows"

@@ -46,9 +46,11 @@ def tensors_of(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Op
 
 
 def put_back(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put the tensors of a checkpoint into the parameters and their optimizer state."""
+    """Put the tensors of a checkpoint into the parameters and their optimizer state; what is of neither is left out."""
     for key, tensor in checkpoint.tensors.items():
         kind, _, name = key.partition("/")
+        if name not in parameters:
+            continue
         parameter = parameters[name]
         if kind == "parameter":
             with torch.no_grad():

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from rlhf_kit.batches import Completions, PromptBatch
-from rlhf_kit.maths.logprobs import sample_inverse_cdf
+from rlhf_kit.maths.logprobs import inverse_cdf, tempered
 from rlhf_kit.metrics import progress
 from rlhf_kit.models import SharedBase
 
@@ -63,6 +63,7 @@ def generate(
     count, limit = uniform.shape
     uniform = uniform.to(device)
     ids = torch.full((count, limit), pad_id, device=device)
+    logprobs = torch.zeros(count, limit, device=device)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
 
@@ -76,8 +77,10 @@ def generate(
             )
             cache = output.past_key_values
             logits = shared.output_head(output.last_hidden_state[:, -1])
-            tokens = sample_inverse_cdf(logits, uniform[running, step], temperature)
+            probabilities = tempered(logits, temperature).softmax(dim=-1)
+            tokens = inverse_cdf(probabilities, uniform[running, step])
             ids[running, step] = tokens
+            logprobs[running, step] = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1).log()
             if tell is not None:
                 tell(tokens)
             lengths[running] = step + 1
@@ -94,7 +97,7 @@ def generate(
 
     longest = int(lengths.max())
     completion_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
-    return Completions(ids[:, :longest], completion_mask, ended)
+    return Completions(ids[:, :longest], completion_mask, ended, logprobs[:, :longest])
 
 
 def joined(pieces: Sequence[Completions], pad_id: int) -> Completions:
@@ -108,4 +111,6 @@ def joined(pieces: Sequence[Completions], pad_id: int) -> Completions:
         return torch.cat([nn.functional.pad(t, (0, longest - t.shape[1]), value=filling) for t in tensors])
 
     ended = torch.cat([piece.ended for piece in pieces])
-    return Completions(widened("completion_ids", pad_id), widened("completion_mask", False), ended)
+    return Completions(
+        widened("completion_ids", pad_id), widened("completion_mask", False), ended, widened("logprobs", 0)
+    )

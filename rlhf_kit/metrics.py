@@ -27,6 +27,8 @@ HEADLINE = (
     "objective/score",
     "objective/kl",
     "rollout/length",
+    "heldout/score",
+    "heldout/gold",
     "ppo/policy_loss",
     "ppo/value_loss",
     "value/explained_variance",

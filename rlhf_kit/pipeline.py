@@ -209,9 +209,11 @@ def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
         names = " ".join(missing)
         raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
     functions: dict[str, Cards | None] = {  # and a card with prompts
-        settings.reward: settings.prompts
+        scorer: settings.prompts
         for name, settings in recipe.stages.items()
-        if isinstance(settings, PPOStage) and recipe.reward_source(name) == "function"
+        if isinstance(settings, PPOStage)
+        for scorer in check.scorers_of(name, settings).values()
+        if recipe.scorer_source(scorer) == "function"
     }
     if recipe.evaluation.gold is not None:
         functions[recipe.evaluation.gold] = check.evaluation_card(recipe)
@@ -237,7 +239,12 @@ def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_forma
             continue
         if isinstance(settings, PPOStage):
             room = None if context is None else context - settings.max_new_tokens
-            todo.append((place, tokenise_prompts, prompts_of(examples[settings.prompts]).train, room))
+            prompts = prompts_of(examples[settings.prompts])
+            rows = [*prompts.train, *(prompts.heldout if settings.watch else [])]
+            todo.append((place, tokenise_prompts, rows, room))
+            if settings.ptx is not None:
+                texts = examples[settings.ptx.data].train
+                todo.append((f"{place}.ptx", tokenise_demonstrations, texts, context))
         else:
             tokenise = tokenise_comparisons if isinstance(settings, RewardStage) else tokenise_demonstrations
             rows = [*examples[settings.data].train, *examples[settings.data].heldout]
@@ -283,9 +290,12 @@ class Pipeline:
         own = settings.model_dump(exclude={*NOT_OF_THE_RESULT, *CARD_FIELDS})
         cards: dict[str, Cards | None] = {field: getattr(settings, field, None) for field in CARD_FIELDS}
         own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
-        if isinstance(settings, PPOStage) and self.recipe.reward_source(name) == "model":
-            reward = Path(settings.reward)
-            own["reward"] = artifacts.content_hash_of_model_folder(reward) if reward.is_dir() else settings.reward
+        own = artifacts.flat(own)
+        for at, scorer in check.scorers_of(name, settings).items():
+            if self.recipe.scorer_source(scorer) == "model" and Path(scorer).is_dir():
+                own[at.removeprefix(f"stages.{name}.")] = artifacts.content_hash_of_model_folder(Path(scorer))
+        if isinstance(settings, PPOStage) and settings.ptx is not None:
+            own["ptx.data"] = self.examples[settings.ptx.data].content_hash
         base = models.base_identity(self.recipe.base)
         if base["sha256"] is not None:  # the content of a folder tells more than its name
             del base["name"], base["revision"]

@@ -35,11 +35,13 @@ from rlhf_kit.settings import (
 )
 
 __all__ = [
+    "PTX",
     "Adapter",
     "Base",
     "Cards",
     "CheckpointEvery",
     "Evaluation",
+    "Guard",
     "PPOStage",
     "Portion",
     "Publish",
@@ -50,6 +52,7 @@ __all__ = [
     "Stage",
     "Ties",
     "Truncate",
+    "Watch",
     "load_recipe",
     "recipe_schema",
     "resolved_yaml",
@@ -243,6 +246,47 @@ class RewardStage(_Training):
     """What it must be before a stage learns from it."""
 
 
+class Watch(Settings):
+    """Held-out prompts that the policy answers now and then while it is trained, with the same random numbers each
+    time."""
+
+    every: Count = 2
+    """Updates; before the first and after the last as well."""
+    count: Annotated[int, Field(ge=8)] = 128
+    """Held-out prompts of the stage's `prompts`, at most; from the end of the order in which the closing table takes
+    them, so that the two share as few as can be."""
+    gold: Text | None = None
+    """A scorer that the policy is not trained on: an earlier reward stage, a folder or Hub id of a sequence
+    classification model, or package.module:function."""
+
+
+class Guard(Settings):
+    """When `watch` shows that the policy learns to please the reward and nobody else, and what is done then."""
+
+    action: Literal["stop", "rollback", "warn"] = "rollback"
+    """stop: the stage ends with the policy as it is. rollback: it ends with the best policy that was watched. warn: it
+    says so and goes on."""
+    patience: Count = 2
+    """Watches in a row that must show the same before anything is done."""
+    sigmas: Positive = 2.0
+    """Standard errors, of differences on the same prompts, beyond which a change is not chance."""
+    kl_budget: Positive | None = None
+    """Nats per completion on the held-out prompts; null: any."""
+    length_factor: Annotated[float, Field(gt=1)] | None = 2.0
+    """How many times longer, or shorter, than at the start the completions may become; null: any."""
+
+
+class PTX(Settings):
+    """Language modelling on other texts, mixed into every optimizer step of PPO (PPO-ptx)."""
+
+    data: Text
+    """A data card of kind text, or of demonstrations, whose completions are then learnt."""
+    coef: Positive = 1.0
+    """Weight of the loss on these texts, in nats per token, beside the policy loss."""
+    batch_size: Count = 32
+    """Texts per optimizer step, over all processes."""
+
+
 class PPOStage(_Stage):
     """PPO on the reward model's score, with a KL penalty towards the policy it starts from."""
 
@@ -317,6 +361,12 @@ class PPOStage(_Stage):
     """Nats per completion that the closing table compares with."""
     samples_every: Count = 10
     """Updates."""
+    watch: Watch | None = None
+    """Answers to held-out prompts, measured on the way; null: none."""
+    guard: Guard | None = None
+    """What becomes of a run that over-optimises; needs `watch`. null: it goes on."""
+    ptx: PTX | None = None
+    """Texts that the policy keeps learning as a language model; null: none."""
 
 
 Stage = Annotated[SFTStage | RewardStage | PPOStage, Field(discriminator="kind")]
@@ -402,9 +452,13 @@ class Recipe(Settings):
         """Return what the `reward` of a ppo stage names."""
         settings = self.stages[stage]
         assert isinstance(settings, PPOStage)
-        if settings.reward in self.stages:
+        return self.scorer_source(settings.reward)
+
+    def scorer_source(self, scorer: str) -> Literal["stage", "function", "model"]:
+        """Return what the name of a scorer names."""
+        if scorer in self.stages:
             return "stage"
-        return "function" if FUNCTION.fullmatch(settings.reward) else "model"
+        return "function" if FUNCTION.fullmatch(scorer) else "model"
 
     def depends_on(self, stage: str) -> list[str]:
         """Return the names of the earlier stages that a stage builds on, in the order in which its fields name them."""
@@ -511,6 +565,9 @@ def _open_sections(raw: dict[str, Any]) -> dict[str, Any]:
             for key in ("checkpoint_every", "require") if isinstance(stage, dict) else ():
                 if key in stage and stage[key] is None:
                     stage[key] = {}
+            for key in ("watch", "ptx") if isinstance(stage, dict) else ():  # in which paths are put that open
+                if isinstance(stage.get(key), dict):
+                    stage[key] = dict(stage[key])
     return data
 
 
@@ -548,11 +605,14 @@ FROM_ELSEWHERE: Mapping[str, str] = {
 }
 """What other toolkits call our settings."""
 
+NESTED: Mapping[str, type[BaseModel]] = {"watch": Watch, "guard": Guard, "ptx": PTX}
+"""Mappings within a ppo stage."""
 HOMES: Mapping[str, type[BaseModel]] = {
     **SECTIONS,
     **{f"stages.<{kind} stage>": settings for kind, settings in STAGE_KINDS.items()},
     "stages.<stage>.checkpoint_every": CheckpointEvery,
     "stages.<reward stage>.require": Require,
+    **{f"stages.<ppo stage>.{key}": settings for key, settings in NESTED.items()},
 }
 
 NEEDED: Mapping[str, str] = {
@@ -606,6 +666,18 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
                     ("stages", name, "minibatches" if "minibatches" in stage else "batch_size"),
                     f"batch_size {batch_size} is not a multiple of minibatches {minibatches}",
                 )
+            if stage.get("guard") is not None and stage.get("watch") is None:
+                yield (
+                    ("stages", name, "guard"),
+                    "judges what watch sees, and there is no watch; write watch: {every: 2, gold: ...} beside it",
+                )
+            gold = _within(stage, "watch", "gold")
+            if gold is not None and gold == stage.get("reward"):
+                yield (
+                    ("stages", name, "watch", "gold"),
+                    f"is what the policy is trained on ({gold}); name another scorer, such as a reward stage of other "
+                    "pairs",
+                )
             epochs, value_epochs = stage.get("epochs", 4), stage.get("value_epochs")
             if _is_count(epochs) and _is_count(value_epochs) and value_epochs > epochs:
                 yield (
@@ -621,6 +693,12 @@ def _at(path: KeyPath, data: Any) -> Any:
     for step in path:
         data = data[step]
     return data
+
+
+def _within(stage: Mapping[str, Any], section: str, key: str) -> Any:
+    """Return a setting of a mapping within a stage, or None."""
+    found = stage.get(section)
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def _is_count(value: Any) -> bool:
@@ -639,6 +717,8 @@ def _settings_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
             return CheckpointEvery
         case ("stages", _, "require"):
             return Require
+        case ("stages", _, "watch" | "guard" | "ptx" as nested):
+            return NESTED[nested]
         case ("stages", _, "data" | "prompts", int()):
             return Portion
         case (section,):
@@ -664,16 +744,22 @@ def _home(key: str, path: KeyPath, settings: type[BaseModel] | None) -> str:
 MAY_NAME: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sft": {"init": ("sft",)},
     "reward": {"init": ("sft",)},
-    "ppo": {"policy": ("sft", "ppo"), "reward": ("reward",)},
+    "ppo": {"policy": ("sft", "ppo"), "reward": ("reward",), "watch.gold": ("reward",)},
 }
 """For each kind of stage the fields that name a stage, and of which kinds."""
+
+
+SCORERS = ("reward", "watch.gold")
+"""Fields that may also name a function or a model."""
 
 
 def _references(stage: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield field, the stage it names, and the kinds that stage may have."""
     for name, kinds in MAY_NAME.get(str(stage.get("kind")), {}).items():
-        if isinstance(stage.get(name), str) and stage[name]:
-            yield name, stage[name], kinds
+        section, _, key = name.rpartition(".")
+        named = _within(stage, section, key) if section else stage.get(key)
+        if isinstance(named, str) and named:
+            yield name, named, kinds
 
 
 def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
@@ -684,11 +770,11 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
         if not isinstance(stage, dict):
             continue
         for key, target, kinds in _references(stage):
-            at = ("stages", name, key)
+            at = ("stages", name, *key.split("."))
             if target == name:
                 yield at, "a stage cannot build on itself"
             elif target not in stages:
-                if key == "reward" and (FUNCTION.fullmatch(target) or _names_a_model(target, folder)):
+                if key in SCORERS and (FUNCTION.fullmatch(target) or _names_a_model(target, folder)):
                     continue
                 yield at, f"there is no stage {target}{did_you_mean(target, [n for n in stages if n != name])}"
             elif order[target] > order[name]:
@@ -721,6 +807,11 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
                         yield from _file(portion, "card", at, folder, look, "data card")
             if _names_a_model(stage.get("reward"), folder) and stage["reward"] not in stages:
                 yield from _model(stage, "reward", ("stages", name, "reward"), folder, look)
+            gold = _within(stage, "watch", "gold")
+            if _names_a_model(gold, folder) and gold not in stages:
+                yield from _model(stage["watch"], "gold", ("stages", name, "watch", "gold"), folder, look)
+            if isinstance(stage.get("ptx"), dict):
+                yield from _file(stage["ptx"], "data", ("stages", name, "ptx", "data"), folder, look, "data card")
     if isinstance(evaluation, dict):
         yield from _file(evaluation, "prompts", ("evaluation", "prompts"), folder, look, "data card")
 

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from rlhf_kit.batches import Completions, PromptBatch, Rollout
-from rlhf_kit.collate import forward_passes
+from rlhf_kit.collate import TextFormat, forward_passes, left_pad
+from rlhf_kit.examples import Prompt
+from rlhf_kit.generation import generate, joined
 from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
+from rlhf_kit.pieces import Pieces
+from rlhf_kit.scorers import Written
 
 LOGITS = {"cpu": 3 * 2**19}
 """How many float32 logits are held at a time: 6 MiB, which caches hold, on a CPU, and `MOST_LOGITS` elsewhere."""
@@ -63,8 +67,44 @@ def completion_logprobs(shared: SharedBase, states: Tensor, rollout: Rollout, te
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
+def sampled(
+    shared: SharedBase,
+    role: str,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[Sequence[int]],
+    uniform: Tensor,
+    text_format: TextFormat,
+    temperature: float,
+    at_once: Pieces,
+) -> tuple[Rollout, Written]:
+    """Return a role's completions of prompts, not yet scored, as tokens and as text.
+
+    uniform: [B, C] numbers in [0, 1), as `generate` takes them. at_once: how many are generated at a time.
+    """
+    batch = left_pad(prompt_ids, text_format.pad_id)
+
+    def completed(size: int) -> Completions:
+        pieces = [
+            generate(
+                shared,
+                role,
+                batch.rows(piece),
+                uniform[piece],
+                end_id=text_format.end_id,
+                pad_id=text_format.pad_id,
+                temperature=temperature,
+            )
+            for piece in microbatches(range(len(prompts)), size)
+        ]
+        return joined(pieces, text_format.pad_id)
+
+    rollout = unscored(batch, at_once.whole(completed))
+    texts = text_format.completion_texts(prompt_ids, rollout.completion_ids, rollout.completion_mask)
+    return rollout, Written(list(prompts), texts, rollout.ids, rollout.mask)
+
+
 def unscored(prompts: PromptBatch, completions: Completions) -> Rollout:
-    """Return the tokens of a rollout with zeros where the numbers go."""
+    """Return the tokens of a rollout with zeros where the numbers go, and as `policy_logprobs` those of the sampler."""
     zeros = torch.zeros(completions.completion_ids.shape, device=completions.completion_ids.device)
     return Rollout(
         prompt_ids=prompts.prompt_ids.to(zeros.device),
@@ -72,7 +112,7 @@ def unscored(prompts: PromptBatch, completions: Completions) -> Rollout:
         completion_ids=completions.completion_ids,
         completion_mask=completions.completion_mask,
         ended=completions.ended,
-        policy_logprobs=zeros,
+        policy_logprobs=completions.logprobs,
         reference_logprobs=zeros,
         values=zeros,
         scores=zeros[:, 0],

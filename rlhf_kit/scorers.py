@@ -116,28 +116,29 @@ class ClassifierScorer:
     A text prompt becomes one user turn where that tokenizer has a chat template, and stands as it is where not.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name = name
-        folder = opened(name, setting="reward")
+    def __init__(self, name: str, device: torch.device, setting: str = "reward") -> None:
+        """setting: what named it, for messages."""
+        self.name, self.setting = name, setting
+        folder = opened(name, setting=setting)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"reward: cannot load {name}: {first_line(error)}") from error
+            raise InputError(f"{setting}: cannot load {name}: {first_line(error)}") from error
         if report["missing_keys"]:
             raise InputError(
-                f"reward: {name}: has no weights for {', '.join(sorted(report['missing_keys']))}; this is not a "
+                f"{setting}: {name}: has no weights for {', '.join(sorted(report['missing_keys']))}; this is not a "
                 "finished sequence classifier."
             )
         if self.model.config.num_labels != 1:
             raise InputError(
-                f"reward: {name}: has {self.model.config.num_labels} labels; a reward model has one, its score. "
+                f"{setting}: {name}: has {self.model.config.num_labels} labels; a reward model has one, its score. "
                 "Wrap it in a function (package.module:function) that turns its labels into one number."
             )
         if self.tokenizer.chat_template:
-            try_template(self.tokenizer, f"reward: {name}")
+            try_template(self.tokenizer, f"{setting}: {name}")
         self.special = special_tokens_pattern(self.tokenizer)
         self.model.to(device).eval().requires_grad_(False)
         self.limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -150,12 +151,14 @@ class ClassifierScorer:
             try:
                 text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
             except Exception as error:  # a template is somebody's program
-                raise InputError(f"reward: {self.name}: its chat template fails: {first_line(error)}") from error
+                raise InputError(
+                    f"{self.setting}: {self.name}: its chat template fails: {first_line(error)}"
+                ) from error
             return encode_chat(self.tokenizer, text, hidden)
         if not isinstance(prompt, str):
             raise InputError(
-                f"reward: {self.name}: its tokenizer has no chat template, but the prompts are chat messages; use a "
-                "reward model with a template, or a function."
+                f"{self.setting}: {self.name}: its tokenizer has no chat template, but the prompts are chat messages; "
+                "use a reward model with a template, or a function."
             )
         return self.tokenizer(prompt + completion, split_special_tokens=True)["input_ids"]
 
@@ -165,8 +168,8 @@ class ClassifierScorer:
         longest = max(map(len, rows))
         if self.limit is not None and longest > self.limit:
             raise InputError(
-                f"reward: {self.name}: reads at most {self.limit} tokens, but a dialogue has {longest}; shorten the "
-                "prompts or max_new_tokens, or use a reward model with a longer context."
+                f"{self.setting}: {self.name}: reads at most {self.limit} tokens, but a dialogue has {longest}; "
+                "shorten the prompts or max_new_tokens, or use a reward model with a longer context."
             )
         # One dialogue at a time: which token a batch's score is read at depends on the architecture and its pad token.
         scores = [self.model(torch.tensor([row], device=self.model.device)).logits.float() for row in rows]
@@ -189,9 +192,12 @@ class FunctionScorer:
         return torch.tensor(numbers, device=self.device)
 
 
-def external_scorer(name: str, device: torch.device) -> Scorer:
-    """Return the scorer of a `reward:` that is no stage: a function if it is written as one, else a classifier."""
-    return FunctionScorer(name, device) if FUNCTION.fullmatch(name) else ClassifierScorer(name, device)
+def external_scorer(name: str, device: torch.device, setting: str = "reward") -> Scorer:
+    """Return the scorer of a `reward:` that is no stage: a function if it is written as one, else a classifier.
+
+    setting: what named it, for messages.
+    """
+    return FunctionScorer(name, device) if FUNCTION.fullmatch(name) else ClassifierScorer(name, device, setting)
 
 
 def load_function(name: str) -> Callable[..., Any]:

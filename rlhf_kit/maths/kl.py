@@ -17,6 +17,15 @@ def kl_k1(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return policy_logprobs - reference_logprobs
 
 
+def kl_k2(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """(log q/p)^2 / 2 per token, in nats, the inputs' shape; p the policy that drew the tokens, q the reference.
+
+    Never negative, and of small variance near p = q, where its bias is small; far from it too large. Its gradient on
+    the policy's samples is that of KL(p || q).
+    """
+    return 0.5 * (reference_logprobs - policy_logprobs).square()
+
+
 def kl_k3(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """q/p - 1 - log(q/p) per token, in nats, the inputs' shape; p the policy that drew the tokens, q the reference.
 

@@ -130,7 +130,11 @@ def sample_inverse_cdf(logits: Tensor, uniform: Tensor, temperature: float = 1.0
     batch. The token is the first whose cumulative probability exceeds `uniform`; where rounding leaves none (`uniform`
     within float32 of 1), the last possible one. A token of probability 0 (a logit of -inf, say) is never drawn.
     """
-    probabilities = tempered(logits, temperature).softmax(dim=-1)
+    return inverse_cdf(tempered(logits, temperature).softmax(dim=-1), uniform)
+
+
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row [B] of `probabilities` [B, V], float32, as `sample_inverse_cdf` draws it."""
     spans = nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % SPAN)).unflatten(-1, (-1, SPAN))
     mass = spans.sum(-1)
     total = mass.sum(-1, keepdim=True)  # 1 up to rounding

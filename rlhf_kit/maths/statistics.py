@@ -129,6 +129,18 @@ def explained_variance(residual_variance: float, return_variance: float) -> floa
     return 1 - residual_variance / return_variance if return_variance > 0 else math.nan
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error: the standard deviation (n - 1) over the root of n.
+
+    Of differences on the same prompts, the error of a paired comparison. Raises: ValueError for fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"standard error of {len(values)} values")
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
 def _wins(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.size == 0 or first.shape != second.shape:

@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_kit import artifacts, checkpoints, distributed, token_cache
-from rlhf_kit.batches import Completions, Rollout, Targets
-from rlhf_kit.collate import left_pad, tokenise_prompts
+from rlhf_kit import artifacts, checkpoints, distributed, kl_doctor, token_cache
+from rlhf_kit.batches import Rollout, Targets
+from rlhf_kit.collate import tokenise_demonstrations, tokenise_prompts
 from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.examples import prompts_of
-from rlhf_kit.generation import derived_seed, generate, joined, seed_generators, uniforms
+from rlhf_kit.generation import derived_seed, seed_generators, uniforms
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.models import SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
+from rlhf_kit.ptx import PTX
 from rlhf_kit.recipe import PPOStage, RewardStage
 from rlhf_kit.rollout import (
     ValueFunction,
@@ -40,13 +41,14 @@ from rlhf_kit.rollout import (
     fill,
     microbatches,
     of_like_length,
+    sampled,
     scored_by_models,
-    unscored,
 )
 from rlhf_kit.scorers import AdapterScorer, Scorer, Written, add_reward_role, external_scorer, value_head
 from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.watch import Watch
 
-POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
+POLICY, REFERENCE, REWARD, VALUE, GOLD = "policy", "reference", "reward", "value", "gold"
 PROBE_PROMPTS = 4
 UNIT_COMPLETIONS = 256  # at least, to measure the zero and the unit of a score that brings none
 SAMPLES = 8  # completions kept for a reader whenever samples are due
@@ -61,7 +63,11 @@ def run(job: Job) -> Outcome:
     first = trainer.resume()
     log = trainer.log
     log.truncate_after(first)
+    if first == 0 and (seen := trainer.look(0)):
+        log.log(0, seen)
     for update in progress(range(first, trainer.settings.updates), desc=job.name):
+        if trainer.over:
+            break  # the guard has seen enough
         seed_generators(*trainer.seed, update, job.accelerator.process_index)
         try:
             rollout, written = trainer.roll_out(update)
@@ -76,6 +82,7 @@ def run(job: Job) -> Outcome:
         learned = trainer.learn(update, rollout, targets)
         trainer.metrics = trainer.summarise(rollout, targets, learned)
         trainer.kl_control.update(trainer.metrics["objective/kl"], trainer.settings.batch_size)
+        trainer.metrics |= trainer.look(update + 1)
         log.log(update + 1, trainer.metrics)
         trainer.keep_samples(update, rollout, written)
         trainer.checkpoint_if_due(update + 1)
@@ -87,6 +94,7 @@ def run(job: Job) -> Outcome:
             "invariants": invariants,
             "score_normalisation": {"mean": trainer.mean, "std": trainer.std},
             "tokens": trainer.tokens,
+            **({} if trainer.watch is None else {"watch": trainer.watch.outcome()}),
         },
     )
 
@@ -103,6 +111,7 @@ class Learned:
     gradient_norm: float
     first_ratio_error: float
     learning_rate: float
+    ptx_loss: float | None
     seconds: float
 
 
@@ -131,10 +140,13 @@ class PPO:
         self.metrics: dict[str, float] = {}
         self.ensemble_std: list[Tensor] = []  # sums over the completions of each microbatch
         self.tokens = 0
+        self.kl_was_explained = False
         self.rollout_seconds = self.scoring_seconds = 0.0
         self.saved_at, self.saved_step = time.monotonic(), 0
+        self.watch: Watch | None = None
         self._load_prompts()
         self._load_roles()
+        self.ptx = self._load_ptx()
         self._make_optimizer()
         target = self.settings.kl_target
         self.kl_control: kl.FixedKL | kl.AdaptiveKL = (
@@ -187,6 +199,72 @@ class PPO:
         start = REWARD if trained_reward and settings.value == "adapter" else None
         shared.set_head(VALUE, value_head(shared, start, self.mean, self.std), trainable=True)
         self.value = value_function(shared, settings.value)
+
+    def _load_ptx(self) -> PTX | None:
+        settings = self.settings.ptx
+        if settings is None:
+            return None
+        examples, context = self.job.examples[settings.data], context_length(self.job.recipe.base)
+        truncate = self.settings.truncate
+        texts = token_cache.tokenised(tokenise_demonstrations, examples.train, self.format, context, truncate)
+        self.data["ptx"] = {
+            "card": examples.card.name,
+            "rows": len(texts.rows),
+            "content_hash": examples.content_hash,
+            "counts": {**examples.counts, **texts.counts},
+        }
+        return PTX(
+            self.shared,
+            texts.rows,
+            coef=settings.coef,
+            batch_size=settings.batch_size,
+            pad_id=self.format.pad_id,
+            seed=self.seed,
+            accelerator=self.accelerator,
+        )
+
+    def _make_watch(self) -> Watch | None:
+        """Return the watch over the held-out prompts, which needs the score's unit; None if there is none."""
+        job, settings = self.job, self.settings
+        if settings.watch is None:
+            return None
+        rows = prompts_of(job.examples[settings.prompts]).heldout
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.recipe.seed)).tolist()
+        context = context_length(job.recipe.base)
+        room = None if context is None else context - settings.max_new_tokens
+        picked = [rows[row] for row in order[-settings.watch.count :]]  # the closing table takes the first
+        tokenised = token_cache.tokenised(tokenise_prompts, picked, self.format, room, settings.truncate)
+        if len(tokenised.rows) < max(2, self.accelerator.num_processes):
+            raise InputError(
+                f"stages.{job.name}.watch: {len(tokenised.rows)} held-out prompts fit, for "
+                f"{self.accelerator.num_processes} processes; hold more out in the card."
+            )
+        gold, unit = settings.watch.gold, {"mean": 0.0, "std": 1.0}
+        scorer: Scorer | None = None
+        if gold is not None and job.recipe.scorer_source(gold) == "stage":
+            scorer = add_reward_role(self.shared, GOLD, job.input_folder(gold) / "adapter")
+            unit = job.inputs[gold]["score_normalisation"]
+        elif gold is not None:
+            scorer = external_scorer(gold, self.shared.device, f"stages.{job.name}.watch.gold")
+        return Watch(
+            self.shared,
+            [picked[row].prompt for row in tokenised.kept],
+            tokenised.rows,
+            name=job.name,
+            seed=self.seed,
+            every=settings.watch.every,
+            new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            text_format=self.format,
+            scorer=self.scorer,
+            unit=(self.mean, self.std),
+            gold=scorer,
+            gold_unit=(unit["mean"], unit["std"]),
+            guard=settings.guard,
+            at_once=self.at_once,
+            microbatch=self.pieces,
+            accelerator=self.accelerator,
+        )
 
     def _unit_of_reference(self) -> tuple[float, float]:
         """Return mean and standard deviation of the scores of some completions of the reference policy."""
@@ -281,6 +359,7 @@ class PPO:
         if found is None:
             if self.settings.normalize_score and self.job.recipe.reward_source(self.job.name) != "stage":
                 self.mean, self.std = self._unit_of_reference()
+            self.watch = self._make_watch()
             return 0
         checkpoints.put_back(found, self.parameters, self.optimizer)
         self.kl_control.load(found.state["kl_control"])
@@ -288,6 +367,9 @@ class PPO:
         self.metrics, self.tokens, self.skipped = (found.state[name] for name in ("metrics", "tokens", "skipped"))
         self.pieces.size = min(self.pieces.size, found.state["pieces"])
         self.at_once.size = min(self.at_once.size, found.state["at_once"])
+        self.watch = self._make_watch()
+        if self.watch is not None:
+            self.watch.load(found.state["watch"], found.tensors)
         say(f"{self.job.name}: going on after update {found.step}")
         self.saved_step = found.step
         return found.step
@@ -326,9 +408,13 @@ class PPO:
                 "pieces": self.pieces.size,
                 "at_once": self.at_once.size,
             }
+            tensors = checkpoints.tensors_of(self.parameters, self.optimizer)
+            if self.watch is not None:
+                state["watch"] = self.watch.state()
+                tensors |= self.watch.tensors()
             checkpoints.save(
                 self.job.folder / artifacts.CHECKPOINTS,
-                checkpoints.Checkpoint(done, checkpoints.tensors_of(self.parameters, self.optimizer), state),
+                checkpoints.Checkpoint(done, tensors, state),
                 keep_all=self.settings.keep_checkpoints,
                 logs=[self.log.path, self.samples],
             )
@@ -341,11 +427,28 @@ class PPO:
         return self.job.folder / "samples.jsonl"
 
     def save(self) -> None:
-        """Write the tuned policy and the value function."""
+        """Write the tuned policy, or the one that the guard goes back to, and the value function."""
+        if self.watch is not None:
+            self.watch.put_back_best(POLICY)
         if self.accelerator.is_main_process:
             self.shared.save(POLICY, self.job.folder / "adapter")
             if self.settings.value == "adapter":
                 self.shared.save(VALUE, self.job.folder / "value")
+
+    # ------------------------------------------------------------ watching
+
+    def look(self, done: int) -> dict[str, float]:
+        """Return what the watch sees after `done` updates, if it is to look then."""
+        if self.watch is None or not self.watch.is_due(done, self.settings.updates):
+            return {}
+        started = time.monotonic()
+        seen = self.watch.look(POLICY, REFERENCE, done)
+        return {**seen, "time/watch_s": time.monotonic() - started}
+
+    @property
+    def over(self) -> bool:
+        """Whether the guard ends the stage before its last update."""
+        return self.watch is not None and self.watch.over
 
     # ------------------------------------------------------------ one update
 
@@ -365,28 +468,8 @@ class PPO:
         """
         rows, total = (self.rows, self.settings.batch_size) if world else (range(len(prompts)), len(prompts))
         uniform = uniforms(rows, total, self.settings.max_new_tokens, *self.seed, *purpose)
-        batch = left_pad([self.prompt_ids[prompt] for prompt in prompts], self.format.pad_id)
-
-        def completed(size: int) -> Completions:
-            pieces = [
-                generate(
-                    self.shared,
-                    role,
-                    batch.rows(piece),
-                    uniform[piece],
-                    end_id=self.format.end_id,
-                    pad_id=self.format.pad_id,
-                    temperature=self.settings.temperature,
-                )
-                for piece in microbatches(range(len(prompts)), size)
-            ]
-            return joined(pieces, self.format.pad_id)
-
-        completions = self.at_once.whole(completed)
-        rollout = unscored(batch, completions)
-        asked = [self.prompt_ids[prompt] for prompt in prompts]
-        texts = self.format.completion_texts(asked, rollout.completion_ids, rollout.completion_mask)
-        return rollout, Written([self.prompts[prompt] for prompt in prompts], texts, rollout.ids, rollout.mask)
+        texts, ids = [self.prompts[prompt] for prompt in prompts], [self.prompt_ids[prompt] for prompt in prompts]
+        return sampled(self.shared, role, texts, ids, uniform, self.format, self.settings.temperature, self.at_once)
 
     def _raw_scores(self, written: Written) -> Tensor:
         return self.pieces.whole(lambda size: self._scored_in_pieces(written, size))
@@ -423,6 +506,7 @@ class PPO:
         scores = (self._raw_scores(written) - self.mean) / self.std
         if self.settings.score_clip is not None:
             scores = scores.clamp(-self.settings.score_clip, self.settings.score_clip)
+        self.sampler_logprobs = rollout.policy_logprobs
         rollout = replace(rollout, scores=scores, **self._scored_by_models(rollout))
         for name in ("policy_logprobs", "reference_logprobs", "values", "scores"):
             self._require_finite(name, getattr(rollout, name), update)
@@ -468,6 +552,7 @@ class PPO:
         lengths = distributed.gather_rows(rollout.completion_mask.sum(1).tolist(), self.accelerator)
         policy_sums = torch.zeros(3, dtype=torch.float64, device=self.shared.device)
         value_sums = torch.zeros(2, dtype=torch.float64, device=self.shared.device)
+        ptx_sum = torch.zeros((), dtype=torch.float64, device=self.shared.device)
         gradient_norms, first_ratio_error = [], 0.0
         bar = progress(total=settings.epochs * len(self.rows), desc="  learning, completions")
         for epoch in range(settings.epochs):
@@ -477,9 +562,13 @@ class PPO:
             for number, minibatch in enumerate(microbatches(order, size // settings.minibatches)):
                 tokens = sum(lengths[row] for row in minibatch)
                 mine = [row - self.rows.start for row in minibatch if row in self.rows]
-                policy_figures, value_figures, ratio_error = self._gradients(rollout, mine, targets, tokens, with_value)
+                step = (update * settings.epochs + epoch) * settings.minibatches + number
+                policy_figures, value_figures, ratio_error, ptx_loss = self._gradients(
+                    rollout, mine, targets, tokens, with_value, step
+                )
                 policy_sums += policy_figures
                 value_sums += value_figures
+                ptx_sum += ptx_loss
                 bar.update(len(mine))
                 if epoch == number == 0:
                     first_ratio_error = ratio_error
@@ -489,6 +578,7 @@ class PPO:
         value_means = distributed.total(value_sums, self.accelerator) / (self.value_epochs * settings.minibatches)
         policy_loss, clip_fraction, approx_kl = policy_means.tolist()
         value_loss, value_clip_fraction = value_means.tolist()
+        ptx_mean = distributed.total(ptx_sum, self.accelerator) / (settings.epochs * settings.minibatches)
         return Learned(
             policy_loss,
             value_loss,
@@ -498,15 +588,18 @@ class PPO:
             gradient_norm=math.fsum(gradient_norms) / len(gradient_norms),
             first_ratio_error=distributed.maximum(first_ratio_error, self.accelerator),
             learning_rate=self.optimizer.param_groups[0]["lr"],
+            ptx_loss=None if self.ptx is None else float(ptx_mean),
             seconds=time.monotonic() - started,
         )
 
     def _gradients(
-        self, rollout: Rollout, rows: list[int], targets: Targets, tokens: int, with_value: bool
-    ) -> tuple[Tensor, Tensor, float]:
-        """Make the gradients of this process's rows of a minibatch; return what `_learn_from` does, of all of them."""
+        self, rollout: Rollout, rows: list[int], targets: Targets, tokens: int, with_value: bool, step: int
+    ) -> tuple[Tensor, Tensor, float, Tensor]:
+        """Make the gradients of this process's rows of a minibatch, and of its share of the texts of optimizer step
+        `step`; return what `_learn_from` does, of all of them, and the loss on the texts.
+        """
 
-        def in_pieces(size: int) -> tuple[Tensor, Tensor, float]:
+        def in_pieces(size: int) -> tuple[Tensor, Tensor, float, Tensor]:
             self.optimizer.zero_grad(set_to_none=True)  # what pieces that ran out of memory left
             policy_sums, value_sums = (torch.zeros(n, dtype=torch.float64, device=self.shared.device) for n in (3, 2))
             largest = 0.0
@@ -518,7 +611,10 @@ class PPO:
                 policy_sums += policy_figures
                 value_sums += value_figures
                 largest = max(largest, ratio_error)
-            return policy_sums, value_sums, largest
+            ptx_loss = torch.zeros((), dtype=torch.float64, device=self.shared.device)
+            if self.ptx is not None:
+                ptx_loss = self.ptx.add_gradients(POLICY, step, size)
+            return policy_sums, value_sums, largest, ptx_loss
 
         return self.pieces.whole(in_pieces)
 
@@ -603,16 +699,23 @@ class PPO:
         """Return the update's metrics, each a mean over the completions or tokens of all processes."""
         mask, size = rollout.completion_mask, self.settings.batch_size
         token_kl = kl.kl_k1(rollout.policy_logprobs, rollout.reference_logprobs)
+        lean = self.sampler_logprobs - rollout.policy_logprobs
         per_batch = torch.stack(
             [
                 rollout.scores.sum(),
                 masking.masked_sum(token_kl, mask),
+                masking.masked_sum(kl.kl_k2(rollout.policy_logprobs, rollout.reference_logprobs), mask),
                 masking.masked_sum(kl.kl_k3(rollout.policy_logprobs, rollout.reference_logprobs), mask),
+                token_kl.double().sum(1).square().sum(),
+                masking.masked_sum(lean.abs(), mask),
+                masking.masked_sum(lean, mask),
                 rollout.ended.sum(),
                 mask.sum(),
             ]
         ).double()
-        score, kl_k1, kl_k3, ended, length = (distributed.total(per_batch, self.accelerator) / size).tolist()
+        means = (distributed.total(per_batch, self.accelerator) / size).tolist()
+        score, kl_k1, kl_k2, kl_k3, squared_kl, gap, lean_sum, ended, length = means
+        self._explain_kl(kl_k1, squared_kl, gap / length, lean_sum / length, ended)
         residual, returned = (
             float(self._moments(x, mask)[1]) for x in (targets.returns - rollout.values, targets.returns)
         )
@@ -627,10 +730,12 @@ class PPO:
                 else {"reward/ensemble_std": float(distributed.total(doubt, self.accelerator)) / size}
             ),
             "objective/kl": kl_k1,
+            "objective/kl_k2": kl_k2,
             "objective/kl_k3": kl_k3,
             "objective/kl_coef": self.kl_control.coef,
             "ppo/policy_loss": learned.policy_loss,
             "ppo/value_loss": learned.value_loss,
+            **({} if learned.ptx_loss is None else {"ppo/ptx_loss": learned.ptx_loss}),
             "ppo/clip_fraction": learned.clip_fraction,
             "ppo/approx_kl": learned.approx_kl,
             "ppo/first_ratio_error": learned.first_ratio_error,
@@ -640,6 +745,7 @@ class PPO:
             "value/clip_fraction": learned.value_clip_fraction,
             "rollout/ended_fraction": ended,
             "rollout/length": length,
+            "rollout/logprob_gap": gap / length,
             **({"ppo/skipped_steps": self.skipped} if self.skipped else {}),
             "time/rollout_s": self.rollout_seconds,
             "time/scoring_s": self.scoring_seconds,
@@ -648,9 +754,19 @@ class PPO:
             "memory/peak_bytes": distributed.maximum(peak_bytes(), self.accelerator),
         }
 
+    def _explain_kl(self, mean: float, mean_square: float, gap: float, lean: float, ended: float) -> None:
+        """Say once, if the KL is negative beyond chance, what is likely the cause."""
+        error = math.sqrt(max(0.0, mean_square - mean * mean) / self.settings.batch_size)
+        train_mode = any(module.training for module in self.shared.causal.modules())
+        seen = kl_doctor.Symptoms(mean, error, gap, lean, train_mode, ended)
+        cause = kl_doctor.diagnose(seen, self.job.recipe.base.dtype)
+        if cause is not None and not self.kl_was_explained:
+            self.kl_was_explained = True
+            say(f"{self.job.name}: {cause}")
+
     def keep_samples(self, update: int, rollout: Rollout, written: Written) -> None:
         """Append some of the update's completions to `samples.jsonl` when samples are due."""
-        last = update + 1 == self.settings.updates
+        last = update + 1 == self.settings.updates or self.over
         if not self.accelerator.is_main_process or (update % self.settings.samples_every and not last):
             return
         token_kl = kl.kl_k1(rollout.policy_logprobs, rollout.reference_logprobs).sum(1)

@@ -20,10 +20,10 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"data_cards", "artifacts"},
     {"data_files"},
     {"examples", "batches", "chat_templates"},
-    {"collate", "check", "audit", "health"},
+    {"collate", "check", "audit", "guard", "health", "kl_doctor"},
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces"},
-    {"rollout", "evaluation", "training", "preview", "finished"},
+    {"rollout", "evaluation", "training", "preview", "finished", "watch", "ptx"},
     {"sampling", "merge", "model_card"},
     {"publish"},
     {"chat"},
@@ -48,6 +48,8 @@ WITHOUT_TORCH = (
     "audit",
     "importing",
     "report",
+    "guard",
+    "kl_doctor",
 )
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "trl", "bitsandbytes"}
 
