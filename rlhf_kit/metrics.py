@@ -33,6 +33,9 @@ HEADLINE = (
     "sft/loss",
     "reward/loss",
     "reward/accuracy",
+    "dpo/loss",
+    "dpo/accuracy",
+    "rejection_sampling/loss",
 )
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
