@@ -179,12 +179,12 @@ def chat(
 
     from rlhf_kit import chat as chats
     from rlhf_kit.finished import FinishedRun
-    from rlhf_kit.sampling import ppo_settings
+    from rlhf_kit.sampling import usual_settings
 
     found = FinishedRun(run_dir, base)
     name = stage or found.newest_policy()
     stages = [found.policy(one) for one in ([found.start_of(name), name] if compare else [name])]
-    limit, usual = ppo_settings(found)
+    limit, usual = usual_settings(found)
     whole = chats.trained_on_texts(found) if plain is None else plain
     console = Console(soft_wrap=not compare, highlight=False)
     print(f"{' and '.join(stages)} of {run_dir}. /help lists commands.", file=sys.stderr)
@@ -223,7 +223,7 @@ def sample(
     artifacts.check_new_file(out)
     found = FinishedRun(run_dir, base)
     asked = sampling.read_prompts(prompts)
-    limit, usual = sampling.ppo_settings(found)
+    limit, usual = sampling.usual_settings(found)
     written = sampling.sampled(
         found,
         found.policy(stage or found.newest_policy()),

@@ -1,4 +1,5 @@
-"""The tensors that travel through PPO and reward training, in named frozen dataclasses, and the legend of their shapes.
+"""The tensors that travel through PPO, reward training and DPO, in named frozen dataclasses, and the legend of their
+shapes.
 
 B  completions of this process's rollout        P  prompt length in tokens, left-padded
 M  completions of a microbatch                  C  completion length in tokens, right-padded
@@ -112,7 +113,8 @@ class Comparisons:
     mask: tuple[Tensor, ...]
     """[n, T] bool of each pass."""
     learnt: tuple[Tensor, ...]
-    """[n, T] bool of each pass, true on the tokens of each prompt's best completion, for a language modelling loss."""
+    """[n, T] bool of each pass, true on the completion tokens whose log-probabilities are learnt: of each prompt's best
+    completion, for a language modelling loss, or of all."""
     chosen: Tensor
     """[Q], which of the N, in the order of the passes, is the better one of a pair."""
     rejected: Tensor

@@ -26,7 +26,6 @@ from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Prompt
 from rlhf_kit.finished import FinishedRun, RewardModel
 from rlhf_kit.generation import generate, uniforms
-from rlhf_kit.recipe import PPOStage
 from rlhf_kit.rollout import unscored
 from rlhf_kit.sampling import fitting_ids
 from rlhf_kit.scorers import Written
@@ -177,9 +176,9 @@ def _score(speaker: Speaker) -> str | None:
 
 
 def trained_on_texts(run: FinishedRun) -> bool:
-    """Return whether the prompts that the last PPO stage sampled for were plain texts, not chat messages."""
-    name = run.last(PPOStage)
-    samples = run.folder / name / "samples.jsonl" if name else None
+    """Return whether the prompts that the last stage of the run sampled for were plain texts, not chat messages."""
+    sampling = run.recipe.last_sampling()
+    samples = run.folder / sampling[0] / "samples.jsonl" if sampling else None
     if samples is None or not samples.is_file():
         return False
     with samples.open(encoding="utf-8") as file:

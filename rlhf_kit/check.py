@@ -33,7 +33,22 @@ from rlhf_kit.examples import (
     refused_rows,
 )
 from rlhf_kit.model_folders import ModelFolder
-from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage, Truncate, cards_of
+from rlhf_kit.recipe import (
+    NEW_TOKENS,
+    Cards,
+    DPOStage,
+    OnlineStage,
+    PPOStage,
+    Recipe,
+    RejectionSamplingStage,
+    RewardStage,
+    SamplingStage,
+    SFTStage,
+    Stage,
+    TrainingStage,
+    Truncate,
+    cards_of,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -122,9 +137,12 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
         elif isinstance(stage, RewardStage):
             fields["data"] = stage.data, ("preferences", "rankings")
             fields["normalize_on"] = stage.normalize_on, ("demonstrations",)
+        elif isinstance(stage, DPOStage):
+            fields["data"] = stage.data, ("preferences", "rankings")
         else:
             fields["prompts"] = stage.prompts, WITH_PROMPTS
-            fields["ptx.data"] = stage.ptx.data if stage.ptx else None, ("text", "demonstrations")
+            ptx = stage.ptx if isinstance(stage, PPOStage) else None
+            fields["ptx.data"] = ptx.data if ptx else None, ("text", "demonstrations")
         for key, (written, kinds) in fields.items():
             for path in [] if written is None else cards_of(written):
                 uses.setdefault(path, {})[f"stages.{name}.{key}"] = kinds
@@ -133,11 +151,12 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
     return uses
 
 
-def scorers_of(name: str, stage: SFTStage | RewardStage | PPOStage) -> dict[str, str]:
-    """Return what scores the completions of a stage: {"stages.ppo.reward": what it names}; empty unless it is ppo."""
-    if not isinstance(stage, PPOStage):
+def scorers_of(name: str, stage: Stage) -> dict[str, str]:
+    """Return what scores the completions of a stage: {"stages.ppo.reward": what it names}; empty if it samples none."""
+    if not isinstance(stage, SamplingStage):
         return {}
-    gold = {} if stage.watch is None or stage.watch.gold is None else {f"stages.{name}.watch.gold": stage.watch.gold}
+    watch = stage.watch if isinstance(stage, PPOStage) else None
+    gold = {} if watch is None or watch.gold is None else {f"stages.{name}.watch.gold": watch.gold}
     return {f"stages.{name}.reward": stage.reward, **gold}
 
 
@@ -145,20 +164,20 @@ def _mix(recipe: Recipe, examples: dict[Cards, Examples]) -> list[str]:
     """Add the mixtures of cards whose every card was read; return what is wrong with any."""
     problems = []
     for name, stage in recipe.stages.items():
-        key = "prompts" if isinstance(stage, PPOStage) else "data"
+        key = "prompts" if isinstance(stage, SamplingStage) else "data"
         cards = getattr(stage, key)
         if isinstance(cards, str):
             continue
         at = recipe.where(f"stages.{name}.{key}")
         if len(set(cards_of(cards))) < len(cards):
             problems.append(f"{at}: names a card twice; give it a weight instead")
-        if isinstance(stage, PPOStage) and any(portion.weight > 1 for portion in cards):
+        if isinstance(stage, SamplingStage) and any(portion.weight > 1 for portion in cards):
             problems.append(f"{at}: a prompt is there once, so a weight is at most 1")
         if not all(card in examples for card in cards_of(cards)):
             continue
         kinds = {examples[card].card.kind for card in cards_of(cards)}
         found = [examples[portion.card] for portion in cards]
-        if isinstance(stage, PPOStage) and kinds <= set(WITH_PROMPTS):
+        if isinstance(stage, SamplingStage) and kinds <= set(WITH_PROMPTS):
             found = [prompts_of(one) for one in found]
         examples[cards] = mixed([Share(one, part.weight, part.cap) for one, part in zip(found, cards, strict=True)])
         if not examples[cards].train:
@@ -177,9 +196,17 @@ def is_on_hub(card: DataCard) -> bool:
 
 
 def evaluation_card(recipe: Recipe) -> Cards | None:
-    """Return the card, or mixture, whose held-out prompts the closing table is measured on; None without ppo."""
-    last = [stage.prompts for stage in recipe.stages.values() if isinstance(stage, PPOStage)][-1:]
-    return (recipe.evaluation.prompts or last[0]) if last else None
+    """Return the card, or mixture, whose held-out prompts the closing table is measured on; None where no stage tunes
+    a policy further.
+    """
+    tuned, sampling = list(recipe.tuned().values()), recipe.last_sampling()
+    if not tuned or recipe.evaluation.prompts is not None:
+        return recipe.evaluation.prompts if tuned else None
+    if sampling is not None:
+        return sampling[1].prompts
+    last = tuned[-1]
+    assert isinstance(last, DPOStage)
+    return last.data
 
 
 def _heldout_problems(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Iterable[str]:
@@ -305,34 +332,44 @@ class _TooLong:
         return f"at least {rows} are longer than {limit.words}"
 
 
-def _sampled(recipe: Recipe) -> Iterator[tuple[str, PPOStage, Cards, int]]:
-    """Yield place, stage, prompts and new tokens wherever completions are sampled for prompts of their own."""
-    last: PPOStage | None = None
+def _sampled(recipe: Recipe) -> Iterator[tuple[str, Truncate, Cards, int]]:
+    """Yield place, truncation, prompts and new tokens wherever completions are sampled for prompts of their own."""
     for name, stage in recipe.stages.items():
-        if isinstance(stage, PPOStage):
-            last = stage
-            yield recipe.where(f"stages.{name}"), stage, stage.prompts, stage.max_new_tokens
-    if last is not None and recipe.evaluation.prompts is not None:
-        new = recipe.evaluation.max_new_tokens or last.max_new_tokens
-        yield recipe.where("evaluation.prompts"), last, recipe.evaluation.prompts, new
+        if isinstance(stage, SamplingStage):
+            yield recipe.where(f"stages.{name}"), stage.truncate, stage.prompts, stage.max_new_tokens
+    card, sampling = evaluation_card(recipe), recipe.last_sampling()
+    if card is not None and (sampling is None or recipe.evaluation.prompts is not None):
+        truncate, new = evaluation_lengths(recipe)
+        place = "evaluation.prompts" if recipe.evaluation.prompts is not None else "evaluation"
+        yield recipe.where(place), truncate, card, new
+
+
+def evaluation_lengths(recipe: Recipe) -> tuple[Truncate, int]:
+    """Return what becomes of long prompts in the closing table, and how long its completions are, in tokens."""
+    sampling, new = recipe.last_sampling(), recipe.evaluation.max_new_tokens
+    if sampling is not None:
+        return sampling[1].truncate, new or sampling[1].max_new_tokens
+    last = list(recipe.tuned().values())[-1]
+    assert isinstance(last, DPOStage)
+    return last.truncate, new or NEW_TOKENS
 
 
 def _limits(recipe: Recipe, context: int | None, examples: Mapping[Cards, Examples]) -> Iterator[_Limit]:
     for name, stage in recipe.stages.items():
-        if isinstance(stage, PPOStage) or stage.data not in examples:
+        if isinstance(stage, SamplingStage) or stage.data not in examples:
             continue
         if room := stage.max_length or context:
             rows = [*examples[stage.data].train, *examples[stage.data].heldout]
             words = f"max_length {room}" if stage.max_length else f"the base's context of {room} tokens"
             way = "a larger max_length" * bool(stage.max_length)
             yield _Limit(recipe.where(f"stages.{name}"), stage.data, rows, room, words, way, stage.truncate)
-    for at, ppo, card, new in _sampled(recipe):
+    for at, truncate, card, new in _sampled(recipe):
         if context is None or context <= new or card not in examples or examples[card].card.kind not in WITH_PROMPTS:
             continue
         found, room = prompts_of(examples[card]), context - new
         words = f"the {room} tokens that max_new_tokens {new} leaves of the base's context of {context}"
         rows = [*found.train, *found.heldout]
-        yield _Limit(at, card, rows, room, words, "a smaller max_new_tokens", ppo.truncate)
+        yield _Limit(at, card, rows, room, words, "a smaller max_new_tokens", truncate)
 
 
 def _too_long(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Examples]) -> Iterator[_TooLong]:
@@ -347,7 +384,9 @@ def _too_long(recipe: Recipe, base: ModelFolder, examples: Mapping[Cards, Exampl
 def _length_problems(recipe: Recipe, context: int | None, too_long: Iterable[_TooLong]) -> Iterator[str]:
     if context is not None:
         for name, stage in recipe.stages.items():
-            if not isinstance(stage, PPOStage) and stage.max_length is not None and stage.max_length > context:
+            if isinstance(stage, SamplingStage) or stage.max_length is None:
+                continue
+            if stage.max_length > context:
                 at = recipe.where(f"stages.{name}")
                 yield f"{at}.max_length: {stage.max_length} is more than the base's context of {context} tokens"
         for at, _, _, new in _sampled(recipe):
@@ -454,12 +493,10 @@ def _count_lines(found: Examples) -> Iterable[str]:
             yield f"         {words[kind]}: {number:,} × {what}"
 
 
-def _stage_lines(
-    recipe: Recipe, name: str, stage: SFTStage | RewardStage | PPOStage, examples: Mapping[Cards, Examples]
-) -> list[str]:
+def _stage_lines(recipe: Recipe, name: str, stage: Stage, examples: Mapping[Cards, Examples]) -> list[str]:
     after = recipe.depends_on(name)
     head = f"stage    {name}: {stage.kind}{' after ' if after else ''}{' and '.join(after)}, "
-    if isinstance(stage, PPOStage):
+    if isinstance(stage, OnlineStage):
         completions = stage.updates * stage.batch_size
         minibatch = stage.batch_size // stage.minibatches
         line = (
@@ -471,19 +508,29 @@ def _stage_lines(
             prompts = len(prompts_of(examples[stage.prompts]).train)
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
         lines = [line]
-        if stage.watch is not None:
+        if isinstance(stage, PPOStage) and stage.watch is not None:
             gold = f", gold {stage.watch.gold}" if stage.watch.gold else ""
             then = f"; guard: {stage.guard.action}" if stage.guard else ""
             lines.append(
                 f"         watched every {stage.watch.every:,} updates on {stage.watch.count:,} held-out prompts at "
                 f"most{gold}{then}"
             )
-        if stage.ptx is not None:
+        if isinstance(stage, PPOStage) and stage.ptx is not None:
             steps = stage.updates * stage.epochs * stage.minibatches
             lines.append(
                 f"         ptx: {steps * stage.ptx.batch_size:,} texts of {stage.ptx.data}, coef {stage.ptx.coef:g}"
             )
         return lines
+    if isinstance(stage, RejectionSamplingStage):
+        line = f"{head}best of {stage.completions_per_prompt} completions of at most {stage.max_new_tokens} tokens"
+        if stage.prompts not in examples:
+            return [f"{line} a prompt, in steps of {stage.batch_size:,}"]
+        rows = len(prompts_of(examples[stage.prompts]).train)
+        steps, epochs = _steps(stage, rows)
+        return [
+            f"{line} for each of {rows:,} prompts = {rows * stage.completions_per_prompt:,}; {epochs:.3g} epochs of "
+            f"the best = {steps:,} optimizer steps of {stage.batch_size:,} rows"
+        ]
     units = {"preferences": "pairs", "rankings": "rankings"}
     kinds = {type(row) for row in examples[stage.data].train} if stage.data in examples else set()
     unit = units.get(examples[stage.data].card.kind, "rows") if len(kinds) == 1 else "rows"
@@ -491,9 +538,14 @@ def _stage_lines(
         long = f"{stage.max_steps:,} optimizer steps" if stage.max_steps else f"epochs {stage.epochs:g}, in steps"
         return [f"{head}{long} of {stage.batch_size:,} {unit}"]
     rows = len(examples[stage.data].train)
-    steps = stage.max_steps or math.ceil(stage.epochs * rows / stage.batch_size)
-    epochs = steps * stage.batch_size / rows
+    steps, epochs = _steps(stage, rows)
     return [f"{head}{rows:,} {unit} x {epochs:.3g} epochs = {steps:,} optimizer steps of {stage.batch_size:,} {unit}"]
+
+
+def _steps(stage: TrainingStage, rows: int) -> tuple[int, float]:
+    """Return the optimizer steps of a stage that passes over so many rows, and how many passes these are."""
+    steps = stage.max_steps or math.ceil(stage.epochs * rows / stage.batch_size)
+    return steps, steps * stage.batch_size / rows
 
 
 def _leaks(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Iterable[str]:

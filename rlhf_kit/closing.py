@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_kit import artifacts
-from rlhf_kit.recipe import PPOStage, Recipe
+from rlhf_kit.recipe import Recipe
 
 SHOWN_CHARACTERS = 600
 """Of a prompt or completion."""
@@ -55,17 +55,17 @@ def _percent(share: float | None) -> str:
 
 
 def _systems(recipe: Recipe, systems: Mapping[str, Mapping[str, float]]) -> Table:
-    budgets = {name: stage.kl_budget for name, stage in recipe.stages.items() if isinstance(stage, PPOStage)}
-    with_gold = all("gold" in figures for figures in systems.values())
+    budgets = {name: stage.kl_budget for name, stage in recipe.tuned().items()}
+    with_gold, with_score = (all(name in figures for figures in systems.values()) for name in ("gold", "score"))
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("held-out prompts")
-    heads = ["score", "KL (nats)", "length (tokens)"]
-    for head in ["gold", *heads] if with_gold else heads:
+    for head in ["gold"] * with_gold + ["score"] * with_score + ["KL (nats)", "length (tokens)"]:
         table.add_column(head, justify="right")
     for name, figures in systems.items():
         gold = [f"{figures['gold']:.2f} ± {figures['gold_std']:.2f}"] if with_gold else []
+        score = [f"{figures['score']:.2f}"] if with_score else []
         divergence = f"{figures['kl']:.1f}{_compared(figures['kl'], budgets.get(name))}"
-        table.add_row(name, *gold, f"{figures['score']:.2f}", divergence, f"{figures['length']:.1f}")
+        table.add_row(name, *gold, *score, divergence, f"{figures['length']:.1f}")
     return table
 
 

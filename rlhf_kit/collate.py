@@ -679,8 +679,11 @@ def within_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return lists
 
 
-def compare(groups: Sequence[Mapping[str, Any]], pad_id: int) -> Comparisons:
-    """Return the completions and pairs of some prompts, rows of `tokenise_comparisons`, as one microbatch."""
+def compare(groups: Sequence[Mapping[str, Any]], pad_id: int, *, learn_all: bool = False) -> Comparisons:
+    """Return the completions and pairs of some prompts, rows of `tokenise_comparisons`, as one microbatch.
+
+    learn_all: `learnt` is true on the tokens of every completion, not only of each prompt's best.
+    """
     rows = [ids for group in groups for ids in group["completions"]]
     firsts = [0, *accumulate(len(group["completions"]) for group in groups)]  # of each prompt's rows
     asked = [group["prompt_tokens"] for group in groups for _ in group["completions"]]
@@ -689,7 +692,7 @@ def compare(groups: Sequence[Mapping[str, Any]], pad_id: int) -> Comparisons:
     padded = [right_pad([rows[row] for row in rows_of_pass], pad_id) for rows_of_pass in passes]
     learnt = []
     for rows_of_pass, (_, mask) in zip(passes, padded, strict=True):
-        first = torch.tensor([asked[row] if row in best else mask.shape[1] for row in rows_of_pass])
+        first = torch.tensor([asked[row] if learn_all or row in best else mask.shape[1] for row in rows_of_pass])
         learnt.append(mask & (torch.arange(mask.shape[1]) >= first.unsqueeze(1)))
     place = {row: number for number, row in enumerate(row for rows_of_pass in passes for row in rows_of_pass)}
 

@@ -1,7 +1,9 @@
-"""Is the tuned policy better? Base, SFT and PPO on the same held-out prompts, as the figures of `summary.json`.
+"""Is the tuned policy better? Base, SFT and every policy tuned from it on the same held-out prompts, as the figures of
+`summary.json`.
 
-Every system answers every prompt once, with the same random numbers. Scores come from the reward that PPO was trained
-on; where the recipe names a gold scorer, which training never saw, it decides who wins.
+Every system answers every prompt once, with the same random numbers, and is compared with the policy it started from.
+Scores come from the reward that the last stage with one learned from, else from the last reward stage; where the recipe
+names a gold scorer, which training never saw, it decides who wins.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from rlhf_kit.check import evaluation_card, evaluation_lengths
 from rlhf_kit.collate import TextFormat, compared, left_pad, tokenise_prompts
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Examples, Preference, Prompt, Ranking, prompts_of
@@ -24,7 +27,7 @@ from rlhf_kit.maths import kl, statistics
 from rlhf_kit.metrics import progress, say
 from rlhf_kit.models import BASE, SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage
+from rlhf_kit.recipe import Cards, PolicyStage, Recipe, RewardStage
 from rlhf_kit.rollout import completion_logprobs, completion_states, unscored
 from rlhf_kit.scorers import Scorer, Written, add_reward_role, call_function, external_scorer, load_function
 
@@ -36,22 +39,24 @@ class System:
     """What one system wrote for the held-out prompts, one entry a prompt."""
 
     texts: list[str]
-    scores: list[float]
+    scores: list[float] | None
+    """None where the recipe has nothing that scores."""
     gold: list[float] | None
     kl: list[float]
-    """Nats per completion, to the reference policy of the last PPO stage, on the system's own samples."""
+    """Nats per completion, to the policy that the last stage started from, on the system's own samples."""
     lengths: list[int]
     """Tokens, end token included."""
 
     @property
-    def verdict(self) -> list[float]:
+    def verdict(self) -> list[float] | None:
         """What decides who wins: the gold scores where there are any."""
         return self.scores if self.gold is None else self.gold
 
     def figures(self) -> dict[str, float]:
         """Return the means that `summary.json` holds."""
         gold = {} if self.gold is None else {"gold": fmean(self.gold), "gold_std": pstdev(self.gold)}
-        return {"score": fmean(self.scores), **gold, "kl": fmean(self.kl), "length": fmean(self.lengths)}
+        score = {} if self.scores is None else {"score": fmean(self.scores)}
+        return {**score, **gold, "kl": fmean(self.kl), "length": fmean(self.lengths)}
 
 
 def summarise(
@@ -65,7 +70,7 @@ def summarise(
     """Return `summary.json` of a run whose stages are finished.
 
     folder: the run directory; manifests: by stage; examples: by data card, as the recipe names it.
-    A recipe without a PPO stage has no systems to compare.
+    A recipe without a stage that tunes a policy further has no systems to compare.
     """
     summary: dict[str, Any] = {
         "reward": _reward_figures(recipe, manifests, examples),
@@ -74,18 +79,19 @@ def summarise(
         "examples": [],
         "cost": {name: manifest["cost"] for name, manifest in manifests.items()},
     }
-    ppo_stages = [name for name, stage in recipe.stages.items() if isinstance(stage, PPOStage)]
-    if not ppo_stages:
+    tuned = recipe.tuned()
+    if not tuned:
         return summary
-    prompts, systems = _answers(recipe, folder, manifests, examples, text_format, accelerator, ppo_stages)
+    prompts, systems = _answers(recipe, folder, manifests, examples, text_format, accelerator)
     summary["systems"] = {name: system.figures() for name, system in systems.items()}
-    for name in ppo_stages:
-        before = recipe.stages[name].policy  # type: ignore[union-attr]
-        summary["win_rate"][f"{name}/{before}"] = _win_rate(systems[name], systems[before])
-    last = ppo_stages[-1]
-    first = recipe.stages[last].policy  # type: ignore[union-attr]
+    for name, stage in tuned.items():
+        win_rate = _win_rate(systems[name], systems[stage.policy])
+        if win_rate is not None:
+            summary["win_rate"][f"{name}/{stage.policy}"] = win_rate
+    last = list(tuned.values())[-1]
+    shown = [last.policy, *(name for name, stage in tuned.items() if stage.policy == last.policy)]
     summary["examples"] = [
-        {"prompt": prompt, first: systems[first].texts[row], last: systems[last].texts[row]}
+        {"prompt": prompt, **{name: systems[name].texts[row] for name in shown}}
         for row, prompt in enumerate(prompts[:SHOWN_PROMPTS])
     ]
     return summary
@@ -128,7 +134,9 @@ def gold_accuracy(gold: str, rows: Sequence[Preference | Ranking]) -> float:
     return statistics.win_rate(*zip(*pairs, strict=True)).rate
 
 
-def _win_rate(after: System, before: System) -> dict[str, Any]:
+def _win_rate(after: System, before: System) -> dict[str, Any] | None:
+    if after.verdict is None or before.verdict is None:
+        return None
     plain = statistics.win_rate(after.verdict, before.verdict)
     matched = statistics.length_matched_win_rate(after.verdict, after.lengths, before.verdict, before.lengths)
     return {"rate": plain.rate, "ci": list(plain.ci), "length_matched": matched.rate}
@@ -141,31 +149,37 @@ def _answers(
     examples: Mapping[Cards, Examples],
     text_format: TextFormat,
     accelerator: Accelerator,
-    ppo_stages: Sequence[str],
 ) -> tuple[list[Prompt], dict[str, System]]:
-    """Return the held-out prompts and what base, SFT stages and PPO stages answer, on one shared base."""
-    settings, last = recipe.evaluation, recipe.stages[ppo_stages[-1]]
-    assert isinstance(last, PPOStage)
-    limit = settings.max_new_tokens or last.max_new_tokens
-    rows = prompts_of(examples[settings.prompts or last.prompts]).heldout
+    """Return the held-out prompts and what the base and every policy answer, on one shared base."""
+    settings, reference = recipe.evaluation, list(recipe.tuned().values())[-1].policy
+    sampling, card = recipe.last_sampling(), evaluation_card(recipe)
+    truncate, limit = evaluation_lengths(recipe)
+    temperature = sampling[1].temperature if sampling else 1.0
+    assert card is not None
+    rows = prompts_of(examples[card]).heldout
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     context = context_length(recipe.base)
     room = None if context is None else context - limit
-    tokenised = tokenise_prompts([rows[index] for index in order[: settings.count]], text_format, room, last.truncate)
+    tokenised = tokenise_prompts([rows[index] for index in order[: settings.count]], text_format, room, truncate)
     prompts = [rows[order[index]].prompt for index in tokenised.kept]
     if len(prompts) < settings.count:
         say(f"evaluation: {len(prompts)} held-out prompts, fewer than evaluation.count: {settings.count}")
 
     shared = SharedBase(load_base(recipe.base, text_format, accelerator), recipe.base)
-    names = [name for name, stage in recipe.stages.items() if isinstance(stage, SFTStage | PPOStage)]
+    names = [name for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)]
     for name in names:
         shared.add(name, folder / name / "adapter")
-    mean, std = (manifests[ppo_stages[-1]]["score_normalisation"][key] for key in ("mean", "std"))
-    scorer: Scorer
-    if last.reward in recipe.stages:
-        scorer = add_reward_role(shared, "reward model", folder / last.reward / "adapter")
-    else:
-        scorer = external_scorer(last.reward, shared.device)
+    rewards = [name for name, stage in recipe.stages.items() if isinstance(stage, RewardStage)]
+    reward = sampling[1].reward if sampling else rewards[-1] if rewards else None
+    scorer: Scorer | None = None
+    mean, std = 0.0, 1.0
+    if reward is not None:
+        unit = manifests[sampling[0] if sampling else reward]["score_normalisation"]
+        mean, std = unit["mean"], unit["std"]
+        if reward in recipe.stages:
+            scorer = add_reward_role(shared, "reward model", folder / reward / "adapter")
+        else:
+            scorer = external_scorer(reward, shared.device)
     gold = settings.gold and (settings.gold, load_function(settings.gold))
 
     pieces = Pieces("evaluation.batch_size", settings.batch_size, "prompts", accelerator)
@@ -188,23 +202,24 @@ def _answers(
                 uniform,
                 end_id=text_format.end_id,
                 pad_id=text_format.pad_id,
-                temperature=last.temperature,
+                temperature=temperature,
             )
             rollout = unscored(packed, completions)
             written = text_format.completion_texts(ids, completions.completion_ids, completions.completion_mask)
-            raw = scorer(Written([prompts[row] for row in batch], written, rollout.ids, rollout.mask))
-            if not bool(raw.isfinite().all()):
-                raise InputError(f"{last.reward}: a held-out completion of {role} has a score that is NaN or infinite.")
+            if scorer is not None:
+                raw = scorer(Written([prompts[row] for row in batch], written, rollout.ids, rollout.mask))
+                if not bool(raw.isfinite().all()):
+                    raise InputError(f"{reward}: a held-out completion of {role} has a score that is NaN or infinite.")
+                scores += ((raw - mean) / std).tolist()
             logprobs = [
-                completion_logprobs(shared, completion_states(shared, who, rollout), rollout, last.temperature)
-                for who in (role, last.policy)
+                completion_logprobs(shared, completion_states(shared, who, rollout), rollout, temperature)
+                for who in (role, reference)
             ]
             texts += written
-            scores += ((raw - mean) / std).tolist()
             divergence += kl.kl_k1(*logprobs).sum(1).tolist()
             lengths += completions.completion_mask.sum(1).tolist()
         judged = call_function(gold[1], gold[0], prompts, texts) if gold else None
-        return System(texts, scores, judged, divergence, lengths)
+        return System(texts, scores if scorer else None, judged, divergence, lengths)
 
     with torch.no_grad():
         return prompts, {role: pieces.whole(partial(answers, role)) for role in (BASE, *names)}

@@ -13,7 +13,7 @@ from rlhf_kit import artifacts, models
 from rlhf_kit.collate import TextFormat, load_text_format
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.models import BASE, SharedBase
-from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, written_recipe
+from rlhf_kit.recipe import PolicyStage, Recipe, RewardStage, SamplingStage, TunedStage, written_recipe
 from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer
 
 
@@ -66,11 +66,7 @@ class FinishedRun:
 
     def policies(self) -> list[str]:
         """Return the stages that make a policy, in the recipe's order."""
-        return [name for name, stage in self.recipe.stages.items() if isinstance(stage, SFTStage | PPOStage)]
-
-    def last(self, kind: type[SFTStage] | type[RewardStage] | type[PPOStage]) -> str | None:
-        """Return the name of the last stage of a kind."""
-        return next((name for name, stage in reversed(self.recipe.stages.items()) if isinstance(stage, kind)), None)
+        return [name for name, stage in self.recipe.stages.items() if isinstance(stage, PolicyStage)]
 
     def newest_policy(self) -> str:
         """Return the last finished stage that makes a policy, or the base where there is none."""
@@ -78,9 +74,9 @@ class FinishedRun:
         return done[-1] if done else BASE
 
     def start_of(self, stage: str) -> str:
-        """Return what a policy started from: a PPO stage's SFT policy, else the base."""
+        """Return what a policy started from: that of another stage, such as sft, else the base."""
         settings = self.recipe.stages.get(stage)
-        return settings.policy if isinstance(settings, PPOStage) else BASE
+        return settings.policy if isinstance(settings, TunedStage) else BASE
 
     @cached_property
     def text_format(self) -> TextFormat:
@@ -112,7 +108,7 @@ class FinishedRun:
         return stage
 
     def reward(self, stage: str | None = None) -> RewardModel:
-        """Return the reward model of a stage, or the one that the last PPO stage learns from.
+        """Return the reward model of a stage, or the one that the last stage that samples learns from.
 
         Raises: InputError when there is none, or it is not finished.
         """
@@ -123,7 +119,7 @@ class FinishedRun:
         scorer: Scorer
         if isinstance(settings, RewardStage):
             scorer = add_reward_role(self.shared, f"reward model {name}", self.folder / name / "adapter")
-        elif isinstance(settings, PPOStage) and stage is None:
+        elif isinstance(settings, SamplingStage) and stage is None:
             scorer = external_scorer(settings.reward, self.shared.device)
         else:
             raise InputError(f"{name}: is a stage of kind {manifest['kind']}; a stage of kind reward gives scores.")
@@ -136,12 +132,15 @@ class FinishedRun:
         return self.reward() if name and artifacts.read_manifest(self.folder / name) is not None else None
 
     def _scored_by(self) -> str | None:
-        """Return the stage that has the scores' unit: of kind reward, or of kind ppo with a reward that is no stage."""
-        last = self.last(PPOStage)
-        settings = self.recipe.stages[last] if last else None
-        if not isinstance(settings, PPOStage):
-            return self.last(RewardStage)
-        return settings.reward if settings.reward in self.recipe.stages else last
+        """Return the stage that has the scores' unit: of kind reward, or one that samples and whose reward is no
+        stage.
+        """
+        sampling = self.recipe.last_sampling()
+        if sampling is None:
+            rewards = [name for name, stage in self.recipe.stages.items() if isinstance(stage, RewardStage)]
+            return rewards[-1] if rewards else None
+        name, settings = sampling
+        return settings.reward if settings.reward in self.recipe.stages else name
 
 
 def verified_manifest(folder: Path) -> dict[str, Any] | None:

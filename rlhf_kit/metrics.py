@@ -35,6 +35,9 @@ HEADLINE = (
     "sft/loss",
     "reward/loss",
     "reward/accuracy",
+    "dpo/loss",
+    "dpo/accuracy",
+    "rejection_sampling/loss",
 )
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from rlhf_kit.recipe import Recipe, RewardStage, SFTStage
+from rlhf_kit.recipe import Recipe
 
 
 def model_card(
@@ -62,7 +62,7 @@ def model_card(
         hub_base=hub_base,
         base_hash=(manifests[stage]["base"]["sha256"] or "")[:12],
         version=manifests[stage]["rlhf_kit"],
-        chain=", then ".join(_step(recipe, name) for name in manifests),
+        chain=", then ".join(STEPS[recipe.stages[name].kind] for name in manifests),
         stages=[_row(name, manifest) for name, manifest in manifests.items()],
         reward=summary.get("reward") or {},
         systems=systems,
@@ -75,13 +75,16 @@ def model_card(
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}", warnings
 
 
-def _step(recipe: Recipe, name: str) -> str:
-    match recipe.stages[name]:
-        case SFTStage():
-            return "supervised finetuning"
-        case RewardStage():
-            return "a reward model from preferences"
-    return "PPO with a KL penalty"
+STEPS: Mapping[str, str] = {
+    "sft": "supervised finetuning",
+    "reward": "a reward model from preferences",
+    "ppo": "PPO with a KL penalty",
+    "rloo": "RLOO with a KL penalty",
+    "grpo": "GRPO",
+    "dpo": "DPO",
+    "rejection_sampling": "supervised finetuning on the best of several completions",
+}
+"""What each kind of stage does, in words."""
 
 
 def _row(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,20 @@ from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
 from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
-from rlhf_kit.recipe import Cards, PPOStage, Publish, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml
+from rlhf_kit.recipe import (
+    Cards,
+    DPOStage,
+    PPOStage,
+    Publish,
+    Recipe,
+    RejectionSamplingStage,
+    RewardStage,
+    SamplingStage,
+    SFTStage,
+    Stage,
+    load_recipe,
+    resolved_yaml,
+)
 from rlhf_kit.settings import without_local_paths
 from rlhf_kit.stages import Job, Outcome, StopRequest
 from rlhf_kit.token_cache import tokenised
@@ -211,7 +224,7 @@ def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
     functions: dict[str, Cards | None] = {  # and a card with prompts
         scorer: settings.prompts
         for name, settings in recipe.stages.items()
-        if isinstance(settings, PPOStage)
+        if isinstance(settings, SamplingStage)
         for scorer in check.scorers_of(name, settings).values()
         if recipe.scorer_source(scorer) == "function"
     }
@@ -237,24 +250,24 @@ def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_forma
         place = f"stages.{name}"
         if settings.truncate != "error":
             continue
-        if isinstance(settings, PPOStage):
+        if isinstance(settings, SamplingStage):
             room = None if context is None else context - settings.max_new_tokens
             prompts = prompts_of(examples[settings.prompts])
-            rows = [*prompts.train, *(prompts.heldout if settings.watch else [])]
-            todo.append((place, tokenise_prompts, rows, room))
-            if settings.ptx is not None:
+            watched = prompts.heldout if isinstance(settings, PPOStage) and settings.watch else []
+            todo.append((place, tokenise_prompts, [*prompts.train, *watched], room))
+            if isinstance(settings, PPOStage) and settings.ptx is not None:
                 texts = examples[settings.ptx.data].train
                 todo.append((f"{place}.ptx", tokenise_demonstrations, texts, context))
         else:
-            tokenise = tokenise_comparisons if isinstance(settings, RewardStage) else tokenise_demonstrations
+            tokenise = tokenise_demonstrations if isinstance(settings, SFTStage) else tokenise_comparisons
             rows = [*examples[settings.data].train, *examples[settings.data].heldout]
             todo.append((place, tokenise, rows, settings.max_length or context))
-    last = [stage for stage in recipe.stages.values() if isinstance(stage, PPOStage)][-1:]
     card = check.evaluation_card(recipe)
-    if last and card is not None and last[0].truncate == "error":
-        new_tokens = recipe.evaluation.max_new_tokens or last[0].max_new_tokens
+    if card is not None:
+        truncate, new_tokens = check.evaluation_lengths(recipe)
         room = None if context is None else context - new_tokens
-        todo.append(("evaluation", tokenise_prompts, prompts_of(examples[card]).heldout, room))
+        if truncate == "error":
+            todo.append(("evaluation", tokenise_prompts, prompts_of(examples[card]).heldout, room))
     problems = []
     for place, tokenise, rows, limit in todo:
         try:
@@ -537,7 +550,7 @@ class Pipeline:
         return made_from, None
 
 
-def stage_function(settings: SFTStage | RewardStage | PPOStage) -> Callable[[Job], Outcome]:
+def stage_function(settings: Stage) -> Callable[[Job], Outcome]:
     """Return what runs a stage of this kind. Imported late: trl alone takes six seconds."""
     if isinstance(settings, SFTStage):
         from rlhf_kit.stages import sft
@@ -547,6 +560,14 @@ def stage_function(settings: SFTStage | RewardStage | PPOStage) -> Callable[[Job
         from rlhf_kit.stages import reward
 
         return reward.run
+    if isinstance(settings, RejectionSamplingStage):
+        from rlhf_kit.stages import rejection_sampling
+
+        return rejection_sampling.run
+    if isinstance(settings, DPOStage):
+        from rlhf_kit.stages import dpo
+
+        return dpo.run
     from rlhf_kit.stages import ppo
 
     return ppo.run

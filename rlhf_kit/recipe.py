@@ -8,7 +8,7 @@ user must decide has no default. Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,18 +40,27 @@ __all__ = [
     "Base",
     "Cards",
     "CheckpointEvery",
+    "DPOStage",
     "Evaluation",
+    "GRPOStage",
     "Guard",
+    "OnlineStage",
     "PPOStage",
+    "PolicyStage",
     "Portion",
     "Publish",
+    "RLOOStage",
     "Recipe",
+    "RejectionSamplingStage",
     "Require",
     "RewardStage",
     "SFTStage",
+    "SamplingStage",
     "Stage",
     "Ties",
+    "TrainingStage",
     "Truncate",
+    "TunedStage",
     "Watch",
     "load_recipe",
     "recipe_schema",
@@ -101,7 +110,8 @@ class Adapter(Settings):
     alpha: Positive = 32.0
     """Updates are scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of what goes into an adapter, in sft and reward stages; ppo has none, so that its first ratio is 1."""
+    """Of what goes into an adapter, in sft, reward and rejection_sampling stages; the others have none, so that policy
+    and reference start alike."""
     target_modules: TextOrTexts = "all-linear"
     """all-linear, a list of module names, or one regular expression."""
 
@@ -110,7 +120,7 @@ class CheckpointEvery(Settings):
     """Whichever comes first; null leaves one out."""
 
     updates: Count | None = 20
-    """Of sft and reward stages, optimizer steps."""
+    """Of ppo, rloo and grpo stages; of the others, optimizer steps."""
     minutes: Positive | None = 10.0
     """Since the last checkpoint."""
 
@@ -142,6 +152,7 @@ def cards_of(cards: Cards) -> list[str]:
 class _Stage(Settings):
     """What every kind of stage has."""
 
+    kind: str
     checkpoint_every: CheckpointEvery = CheckpointEvery()
     """How often what was done is saved."""
     keep_checkpoints: bool = False
@@ -152,16 +163,18 @@ class _Stage(Settings):
     """Steps of the stage that may be skipped; one more ends the run."""
 
 
-class _Training(_Stage):
+class TrainingStage(_Stage):
+    """What every stage has that passes over rows which are there before it learns."""
+
     epochs: Positive = 1.0
     """Passes over the rows; 0.5 is half of one."""
     max_steps: Count | None = None
     """Optimizer steps; set, it takes the place of epochs."""
     batch_size: Count = 16
-    """Sequences (reward: prompts, each with all its completions) per optimizer step, over all processes."""
+    """Sequences (reward, dpo: prompts, each with all its completions) per optimizer step, over all processes."""
     microbatch: Count = 8
-    """Sequences (reward: prompts, of the longest) per forward and backward pass of one process; halved when memory runs
-    out, which changes no step."""
+    """Sequences (reward, dpo: prompts, of the longest) per forward and backward pass of one process; halved when memory
+    runs out, which changes no step."""
     learning_rate: LearningRate = 2e-4
     """Of AdamW, at its peak."""
     schedule: Schedule = "cosine"
@@ -172,13 +185,16 @@ class _Training(_Stage):
     """AdamW's."""
     max_grad_norm: Positive = 1.0
     """A longer gradient is shortened to this."""
+
+
+class _Reading(TrainingStage):
     max_length: Count | None = None
     """Tokens per row, prompt and completion together; null is the base model's context."""
     truncate: Truncate = "error"
     """What becomes of longer rows: an error, left out and counted, or their prompts cut from the left and counted."""
 
 
-class SFTStage(_Training):
+class SFTStage(_Reading):
     """Supervised finetuning on demonstrations; the loss is on completion tokens."""
 
     kind: Literal["sft"]
@@ -208,7 +224,7 @@ class Require(Settings):
     """What becomes of the chain when one is missed: it ends before the stage that would learn from it, or goes on."""
 
 
-class RewardStage(_Training):
+class RewardStage(_Reading):
     """A reward model from preferences or rankings; a preference is a ranking of two.
 
     Each completion of a prompt is encoded once, and the loss is averaged over the prompt's pairs, then over the prompts
@@ -287,43 +303,51 @@ class PTX(Settings):
     """Texts per optimizer step, over all processes."""
 
 
-class PPOStage(_Stage):
-    """PPO on the reward model's score, with a KL penalty towards the policy it starts from."""
+class TunedStage(_Stage):
+    """What every stage has that tunes a policy further; the closing table compares the two."""
 
-    kind: Literal["ppo"]
-    """Says which of the kinds of stage this is."""
     policy: Text
-    """An earlier sft or ppo stage: where the policy starts, and the KL reference."""
+    """An earlier stage that makes a policy, of any kind but reward: where this one starts, and the KL reference."""
+    kl_budget: Positive | None = None
+    """Nats per completion that the closing table compares with."""
+
+
+class SamplingStage(TunedStage):
+    """What every stage has whose completions are sampled and scored."""
+
     reward: Text
     """An earlier reward stage; or a folder or Hub id of a sequence classification model; or package.module:function."""
     prompts: Cards
     """A data card of kind prompts, or several; of demonstrations, preferences and rankings the prompts are used."""
-    kl_coef: NonNegative
-    """Score given up per nat of KL to the reference. Between 0.01 and 0.2 is usual for a normalised score."""
-    kl_target: Positive | None = None
-    """Nats per completion. Set, it makes the coefficient adaptive (Ziegler et al. 2019, section 2.2)."""
-    kl_horizon: Positive = 10_000.0
-    """Completions over which the adaptive coefficient moves."""
-    updates: Count = 40
-    """How often completions are sampled and learnt from."""
-    batch_size: Count = 64
-    """Completions per update, over all processes."""
-    epochs: Count = 4
-    """Passes over the completions of an update."""
-    minibatches: Count = 2
-    """Optimizer steps per epoch."""
-    microbatch: Count = 16
-    """Completions of full length per forward pass of one process; of shorter ones, as many as have as many tokens."""
     max_new_tokens: Count = 64
     """Tokens of a completion, its end token included."""
     temperature: Positive = 1.0
     """Of sampling, and of every log-probability. Nothing else shapes the distribution: no top-k, no top-p."""
     truncate: Truncate = "error"
     """What becomes of prompts that leave no room for `max_new_tokens`."""
+    missing_eos_penalty: NonNegative | None = None
+    """Taken from the score of a completion that has no end token."""
+    normalize_score: bool = True
+    """Use the mean and standard deviation that the reward stage left."""
+
+
+class OnlineStage(SamplingStage):
+    """What every stage has that learns from each update's own completions."""
+
+    kl_coef: NonNegative
+    """Score given up per nat of KL to the reference. Between 0.01 and 0.2 is usual for a normalised score."""
+    updates: Count = 40
+    """How often completions are sampled and learnt from."""
+    batch_size: Count = 64
+    """Completions per update, over all processes."""
+    epochs: Count = 1
+    """Passes over the completions of an update."""
+    minibatches: Count = 1
+    """Optimizer steps per epoch."""
+    microbatch: Count = 16
+    """Completions of full length per forward pass of one process; of shorter ones, as many as have as many tokens."""
     learning_rate: LearningRate = 1e-4
     """Of the policy's AdamW, at its peak."""
-    value_learning_rate: LearningRate | None = None
-    """null is `learning_rate`; of an adapter that times epochs / value_epochs, so that fewer steps go as far."""
     schedule: Schedule = "linear"
     """How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all."""
     warmup_updates: Annotated[int, Field(ge=0)] = 3
@@ -332,12 +356,33 @@ class PPOStage(_Stage):
     """AdamW's."""
     max_grad_norm: Positive = 1.0
     """A longer gradient is shortened to this."""
+    clip: Positive = 0.2
+    """The policy ratio's distance from 1 beyond which the objective is flat."""
+    score_clip: Positive | None = None
+    """Scores are held within plus and minus this."""
+    samples_every: Count = 10
+    """Updates."""
+
+
+class PPOStage(OnlineStage):
+    """PPO on the reward model's score, with a KL penalty towards the policy it starts from."""
+
+    kind: Literal["ppo"]
+    """Says which of the kinds of stage this is."""
+    kl_target: Positive | None = None
+    """Nats per completion. Set, it makes the coefficient adaptive (Ziegler et al. 2019, section 2.2)."""
+    kl_horizon: Positive = 10_000.0
+    """Completions over which the adaptive coefficient moves."""
+    epochs: Count = 4
+    """Passes over the completions of an update."""
+    minibatches: Count = 2
+    """Optimizer steps per epoch."""
+    value_learning_rate: LearningRate | None = None
+    """null is `learning_rate`; of an adapter that times epochs / value_epochs, so that fewer steps go as far."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of what later tokens earn."""
     lam: Fraction = 0.95
     """Lambda of generalised advantage estimation: 0 trusts the value function, 1 what was earned."""
-    clip: Positive = 0.2
-    """The policy ratio's distance from 1 beyond which the objective is flat."""
     value_clip: Positive = 0.2
     """How far from its value at sampling time a value may move before the loss is flat."""
     value_coef: NonNegative = 0.1
@@ -347,20 +392,10 @@ class PPOStage(_Stage):
     value_epochs: Count | None = None
     """In how many of the epochs, from the first, the value function learns too. null is 1 of an adapter, whose passes
     come on top of the policy's, and all of a head on the policy's trunk."""
-    missing_eos_penalty: NonNegative | None = None
-    """Taken from the score of a completion that has no end token."""
-    normalize_score: bool = True
-    """Use the mean and standard deviation that the reward stage left."""
     whiten_scores: bool = False
     """Divide the scores of each update by their standard deviation; their mean stays."""
     whiten_advantages: bool = True
     """Bring the advantages of each update to mean 0 and variance 1."""
-    score_clip: Positive | None = None
-    """Scores are held within plus and minus this."""
-    kl_budget: Positive | None = None
-    """Nats per completion that the closing table compares with."""
-    samples_every: Count = 10
-    """Updates."""
     watch: Watch | None = None
     """Answers to held-out prompts, measured on the way; null: none."""
     guard: Guard | None = None
@@ -369,15 +404,83 @@ class PPOStage(_Stage):
     """Texts that the policy keeps learning as a language model; null: none."""
 
 
-Stage = Annotated[SFTStage | RewardStage | PPOStage, Field(discriminator="kind")]
-STAGE_KINDS: Mapping[str, type[BaseModel]] = {"sft": SFTStage, "reward": RewardStage, "ppo": PPOStage}
+class RLOOStage(OnlineStage):
+    """REINFORCE with a leave-one-out baseline: a completion is judged by the others of its prompt, without a value
+    function; the KL penalty is part of what it earns.
+    """
+
+    kind: Literal["rloo"]
+    """Says which of the kinds of stage this is."""
+    completions_per_prompt: Annotated[int, Field(ge=2)] = 4
+    """Of the `batch_size` completions of an update, so many answer the same prompt."""
+
+
+class GRPOStage(OnlineStage):
+    """GRPO: as rloo, but a completion's score is seen in standard deviations of its prompt's, every token has a clipped
+    ratio of its own, and the KL is part of the loss.
+    """
+
+    kind: Literal["grpo"]
+    """Says which of the kinds of stage this is."""
+    kl_coef: NonNegative
+    """Weight of the KL to the reference in the loss, in standard deviations of a prompt's scores per nat."""
+    completions_per_prompt: Annotated[int, Field(ge=2)] = 4
+    """Of the `batch_size` completions of an update, so many answer the same prompt."""
+
+
+class RejectionSamplingStage(SamplingStage, TrainingStage):
+    """Best of n: several completions of each prompt are sampled once, and supervised finetuning learns from those that
+    score best.
+    """
+
+    kind: Literal["rejection_sampling"]
+    """Says which of the kinds of stage this is."""
+    completions_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Of which the best one is learnt from."""
+    sampled_at_once: Count = 64
+    """Completions generated at a time by one process; of no effect on which ones."""
+
+
+class DPOStage(TunedStage, _Reading):
+    """Direct preference optimization: the policy learns from preferences, without a reward model."""
+
+    kind: Literal["dpo"]
+    """Says which of the kinds of stage this is."""
+    data: Cards
+    """A data card of kind preferences or rankings, or several to mix."""
+    kl_coef: Positive
+    """The beta of the paper: what the policy's log-ratio to the reference is multiplied with to be a score; 0.1 is
+    usual, and less lets the policy go further."""
+    ties: Ties = "drop"
+    """drop: pairs that were judged equal teach nothing; soft: they are learnt as even odds."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a label is the wrong way round."""
+
+
+Stage = Annotated[
+    SFTStage | RewardStage | PPOStage | RLOOStage | GRPOStage | DPOStage | RejectionSamplingStage,
+    Field(discriminator="kind"),
+]
+STAGE_KINDS: Mapping[str, type[BaseModel]] = {
+    "sft": SFTStage,
+    "reward": RewardStage,
+    "ppo": PPOStage,
+    "rloo": RLOOStage,
+    "grpo": GRPOStage,
+    "dpo": DPOStage,
+    "rejection_sampling": RejectionSamplingStage,
+}
+PolicyStage = (SFTStage, TunedStage)
+"""Stages that make a policy, for `isinstance`."""
+NEW_TOKENS = 64
+"""Of a completion in the closing table, where no stage of the recipe samples."""
 
 
 class Evaluation(Settings):
     """What the closing table is measured on."""
 
     prompts: Text | None = None
-    """A data card; null takes the held-out prompts of the last ppo stage's card."""
+    """A data card; null takes the held-out prompts of the last stage that samples, else of the last dpo stage."""
     count: Count = 256
     """Prompts, at most."""
     batch_size: Count = 64
@@ -385,7 +488,7 @@ class Evaluation(Settings):
     gold: Function | None = None
     """A scorer package.module:function that no stage trains on: (prompts, completions) to numbers."""
     max_new_tokens: Count | None = None
-    """null is the ppo stage's."""
+    """null is that of the last stage that samples, or 64 without one."""
 
 
 class Publish(Settings):
@@ -449,9 +552,9 @@ class Recipe(Settings):
         return f"{self._origin.marked.place(tuple(dotted.split('.')))}: {dotted}"
 
     def reward_source(self, stage: str) -> Literal["stage", "function", "model"]:
-        """Return what the `reward` of a ppo stage names."""
+        """Return what the `reward` of a stage that samples names."""
         settings = self.stages[stage]
-        assert isinstance(settings, PPOStage)
+        assert isinstance(settings, SamplingStage)
         return self.scorer_source(settings.reward)
 
     def scorer_source(self, scorer: str) -> Literal["stage", "function", "model"]:
@@ -459,6 +562,15 @@ class Recipe(Settings):
         if scorer in self.stages:
             return "stage"
         return "function" if FUNCTION.fullmatch(scorer) else "model"
+
+    def tuned(self) -> dict[str, TunedStage]:
+        """Return the stages that tune a policy further, by name."""
+        return {name: stage for name, stage in self.stages.items() if isinstance(stage, TunedStage)}
+
+    def last_sampling(self) -> tuple[str, SamplingStage] | None:
+        """Return name and settings of the last stage that samples, whose reward, length and temperature others use."""
+        stages = [(name, stage) for name, stage in self.stages.items() if isinstance(stage, SamplingStage)]
+        return stages[-1] if stages else None
 
     def depends_on(self, stage: str) -> list[str]:
         """Return the names of the earlier stages that a stage builds on, in the order in which its fields name them."""
@@ -492,8 +604,10 @@ def resolved_yaml(recipe: Recipe) -> str:
     """Return the recipe with every default written out. Loaded from the same working directory it gives it again."""
     data = recipe.model_dump()
     for name, stage in recipe.stages.items():
-        first = {key: data["stages"][name][key] for key in type(stage).__annotations__}  # what is its own: kind, data
-        data["stages"][name] = first | data["stages"][name]
+        fields = type(stage).model_fields
+        first = [key for key in ("kind", *fields) if fields[key].is_required()]  # what the user has to decide
+        own = [key for kind in type(stage).__mro__ for key in getattr(kind, "__annotations__", ()) if key in fields]
+        data["stages"][name] = {key: data["stages"][name][key] for key in dict.fromkeys([*first, *own])}
     return write_yaml(data)
 
 
@@ -534,6 +648,12 @@ def _override(marked: MarkedYaml, override: str) -> Iterator[str]:
         marked.put(path, read_yaml(value, place), place)
     except InputError as error:
         yield from error.problems
+
+
+def either(words: Iterable[str]) -> str:
+    """Return words as a choice: "a", "a or b", "a, b or c"."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -578,6 +698,8 @@ FROM_ELSEWHERE: Mapping[str, str] = {
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
     "ppo_epochs": "epochs",
+    "num_generations": "completions_per_prompt",
+    "rloo_k": "completions_per_prompt",
     "num_ppo_epochs": "epochs",
     "num_mini_batches": "minibatches",
     "mini_batch_size": "minibatches (how many, not how large)",
@@ -620,13 +742,13 @@ NEEDED: Mapping[str, str] = {
     "base": "at least {model: <folder or Hub id>}",
     "model": "a local folder or a Hub id such as HuggingFaceTB/SmolLM2-135M",
     "stages": "at least one, such as sft: {kind: sft, data: data_cards/mine.md}",
-    "kind": "sft, reward or ppo",
+    "kind": either(STAGE_KINDS),
     "data": "the data card to learn from",
     "card": "a data card, such as data_cards/mine.md",
-    "policy": "the earlier sft stage to start from",
+    "policy": "the earlier stage to start from, such as the sft stage",
     "reward": "an earlier reward stage, a model, or package.module:function",
     "prompts": "the data card with the prompts",
-    "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2",
+    "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2 (dpo: the paper's beta)",
     "repo": "owner/name on the Hub",
 }
 """What to write for a required setting."""
@@ -652,20 +774,27 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
                     yield loc, f"kind is missing, and has no default: {NEEDED['kind']}"
                 case "union_tag_invalid":
                     at = (*loc, "kind")
-                    yield at, f"must be sft, reward or ppo; seen {marked.seen(at)}"
+                    yield at, f"must be {NEEDED['kind']}; seen {marked.seen(at)}"
                 case _:
                     yield loc, explain(error, loc, marked)
     stages = data.get("stages")
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         if not STAGE_NAME.fullmatch(name) or name == "base":
             yield ("stages", name), "a stage is named with letters, digits, _ and -, and not base"
-        if isinstance(stage, dict) and stage.get("kind") == "ppo":
-            batch_size, minibatches = stage.get("batch_size", 64), stage.get("minibatches", 2)
-            if _is_count(batch_size) and _is_count(minibatches) and batch_size % minibatches:
-                yield (
-                    ("stages", name, "minibatches" if "minibatches" in stage else "batch_size"),
-                    f"batch_size {batch_size} is not a multiple of minibatches {minibatches}",
-                )
+        kind = STAGE_KINDS.get(str(stage.get("kind"))) if isinstance(stage, dict) else None
+        if kind is not None and issubclass(kind, OnlineStage):
+
+            def value_of(key: str, stage: Any = stage, fields: Any = kind.model_fields) -> Any:
+                return stage.get(key, fields[key].default if key in fields else None)
+
+            batch_size = value_of("batch_size")
+            for key in ("minibatches", "completions_per_prompt"):
+                parts = value_of(key)
+                if _is_count(batch_size) and _is_count(parts) and batch_size % parts:
+                    yield (
+                        ("stages", name, key if key in stage else "batch_size"),
+                        f"batch_size {batch_size} is not a multiple of {key} {parts}",
+                    )
             if stage.get("guard") is not None and stage.get("watch") is None:
                 yield (
                     ("stages", name, "guard"),
@@ -678,7 +807,7 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
                     f"is what the policy is trained on ({gold}); name another scorer, such as a reward stage of other "
                     "pairs",
                 )
-            epochs, value_epochs = stage.get("epochs", 4), stage.get("value_epochs")
+            epochs, value_epochs = value_of("epochs"), value_of("value_epochs")
             if _is_count(epochs) and _is_count(value_epochs) and value_epochs > epochs:
                 yield (
                     ("stages", name, "value_epochs"),
@@ -741,10 +870,13 @@ def _home(key: str, path: KeyPath, settings: type[BaseModel] | None) -> str:
 # ---------------------------------------------------------------- stages that name stages
 
 
+POLICY_KINDS = tuple(kind for kind, settings in STAGE_KINDS.items() if issubclass(settings, PolicyStage))
 MAY_NAME: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sft": {"init": ("sft",)},
     "reward": {"init": ("sft",)},
-    "ppo": {"policy": ("sft", "ppo"), "reward": ("reward",), "watch.gold": ("reward",)},
+    **{kind: {"policy": POLICY_KINDS, "reward": ("reward",)} for kind in POLICY_KINDS if kind not in ("sft", "dpo")},
+    "ppo": {"policy": POLICY_KINDS, "reward": ("reward",), "watch.gold": ("reward",)},
+    "dpo": {"policy": POLICY_KINDS},
 }
 """For each kind of stage the fields that name a stage, and of which kinds."""
 
@@ -782,7 +914,7 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
             else:
                 found = stages[target].get("kind") if isinstance(stages[target], dict) else None
                 if isinstance(found, str) and found in STAGE_KINDS and found not in kinds:
-                    yield at, f"must name a stage of kind {' or '.join(kinds)}; {target} is of kind {found}"
+                    yield at, f"must name a stage of kind {either(kinds)}; {target} is of kind {found}"
 
 
 # ---------------------------------------------------------------- paths

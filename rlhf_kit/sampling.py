@@ -21,19 +21,17 @@ from rlhf_kit.finished import FinishedRun, RewardModel
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.metrics import progress
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.recipe import PPOStage
 from rlhf_kit.rollout import microbatches, unscored
 from rlhf_kit.scorers import Written
 
 NEW_TOKENS = 128
-"""Of a completion at most, where no PPO stage of the run says."""
+"""Of a completion at most, where no stage of the run says."""
 
 
-def ppo_settings(run: FinishedRun) -> tuple[int, float]:
-    """Return the length limit, in tokens, and the temperature that the run's last PPO stage sampled with."""
-    name = run.last(PPOStage)
-    stage = run.recipe.stages[name] if name else None
-    return (stage.max_new_tokens, stage.temperature) if isinstance(stage, PPOStage) else (NEW_TOKENS, 1.0)
+def usual_settings(run: FinishedRun) -> tuple[int, float]:
+    """Return the length limit, in tokens, and the temperature that the last stage of the run that samples has."""
+    sampling = run.recipe.last_sampling()
+    return (sampling[1].max_new_tokens, sampling[1].temperature) if sampling else (NEW_TOKENS, 1.0)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -247,6 +247,27 @@ def call_function(
     return numbers
 
 
+def score_unit(scores: Sequence[float], where: str, reward: str) -> tuple[float, float]:
+    """Return mean and standard deviation of the scores of the reference policy's completions: a score's zero and unit.
+
+    where: the setting that names the reward, for messages.
+
+    Raises: InputError when they are not finite, or all the same.
+    """
+    unit = torch.tensor(scores, dtype=torch.float64)
+    if not bool(unit.isfinite().all()):
+        raise InputError(
+            f"{where}: {reward} gives completions of the reference policy scores that are NaN or infinite, so it has "
+            "no unit; mend it, or set normalize_score: false."
+        )
+    if not float(unit.std(correction=0)) > 0:
+        raise InputError(
+            f"{where}: {reward} gives all {len(scores)} completions of the reference policy the same score "
+            f"({scores[0]}), so it has no unit; set normalize_score: false."
+        )
+    return float(unit.mean()), float(unit.std(correction=0))
+
+
 def value_head(shared: SharedBase, reward_role: str | None, mean: float, std: float) -> nn.Linear:
     """Return a trainable value head that starts as the normalised reward head, or at zero where there is none.
 

@@ -37,7 +37,7 @@ from rlhf_kit.generation import derived_seed, seed_generators
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.recipe import RewardStage, SFTStage
+from rlhf_kit.recipe import TrainingStage
 
 
 def without_dropout(base: nn.Module) -> None:
@@ -47,7 +47,7 @@ def without_dropout(base: nn.Module) -> None:
             module.p = 0.0
 
 
-def optimizer_steps(rows: int, settings: SFTStage | RewardStage) -> int:
+def optimizer_steps(rows: int, settings: TrainingStage) -> int:
     """Return the steps of a stage: as many as see every row `epochs` times, unless the recipe says `max_steps`."""
     return settings.max_steps or math.ceil(settings.epochs * rows / settings.batch_size)
 
@@ -62,7 +62,7 @@ def row_order(rows: int, first: int, last: int, *seed: object) -> list[int]:
     return order[first - start : last - start]
 
 
-def share_of_batch(settings: SFTStage | RewardStage, name: str, processes: int) -> int:
+def share_of_batch(settings: TrainingStage, name: str, processes: int) -> int:
     """Return the rows of a step that each process takes.
 
     Raises: InputError when they do not divide the batch.
@@ -83,7 +83,7 @@ class Training:
         self,
         model: PeftModel,
         rows: Sequence[Mapping[str, Any]],
-        settings: SFTStage | RewardStage,
+        settings: TrainingStage,
         *,
         name: str,
         seed: int,

@@ -22,7 +22,7 @@ from rlhf_kit import distributed
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import Interrupted
 from rlhf_kit.examples import Examples
-from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage
+from rlhf_kit.recipe import Cards, Recipe, Stage
 
 __all__ = ["Job", "Outcome", "StopRequest"]
 
@@ -77,7 +77,7 @@ class Job:
 
     recipe: Recipe
     name: str
-    settings: SFTStage | RewardStage | PPOStage
+    settings: Stage
     folder: Path
     """Where adapter/, metrics.jsonl, samples.jsonl and checkpoints/ go."""
     inputs: Mapping[str, dict[str, Any]]

@@ -44,7 +44,7 @@ from rlhf_kit.rollout import (
     sampled,
     scored_by_models,
 )
-from rlhf_kit.scorers import AdapterScorer, Scorer, Written, add_reward_role, external_scorer, value_head
+from rlhf_kit.scorers import AdapterScorer, Scorer, Written, add_reward_role, external_scorer, score_unit, value_head
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.watch import Watch
 
@@ -274,18 +274,7 @@ class PPO:
         ):
             _, written = self._sample(REFERENCE, self._prompt_rows(batch), "score unit", batch)
             scores += distributed.gather_rows(self._raw_scores(written).tolist(), self.accelerator)
-        unit = torch.tensor(scores, dtype=torch.float64)
-        if not bool(unit.isfinite().all()):
-            raise InputError(
-                f"stages.{self.job.name}.reward: {self.settings.reward} gives completions of the reference policy "
-                "scores that are NaN or infinite, so it has no unit; mend it, or set normalize_score: false."
-            )
-        if not float(unit.std(correction=0)) > 0:
-            raise InputError(
-                f"stages.{self.job.name}.reward: {self.settings.reward} gives all {len(scores)} completions of the "
-                f"reference policy the same score ({scores[0]}), so it has no unit; set normalize_score: false."
-            )
-        return float(unit.mean()), float(unit.std(correction=0))
+        return score_unit(scores, f"stages.{self.job.name}.reward", self.settings.reward)
 
     def _make_optimizer(self) -> None:
         settings = self.settings

@@ -1,29 +1,25 @@
-"""Supervised finetuning through trl's `SFTTrainer`; the loss is the mean over a batch's completion tokens, in nats.
-
-Rows reach the trainer as tokens with labels (collate.py), so trl prepares, packs and cuts nothing. Order of rows,
-optimizer and checkpoints are ours (training.py), and so is the folder that the stage leaves.
-"""
+"""Supervised finetuning through trl's `SFTTrainer` (supervised.py), and the loss on held-out rows before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from trl import SFTConfig, SFTTrainer
 
 from rlhf_kit import distributed
-from rlhf_kit.collate import IGNORED, right_pad, tokenise_demonstrations
+from rlhf_kit.collate import tokenise_demonstrations
 from rlhf_kit.generation import derived_seed
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import SFTStage
 from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.supervised import attach_trainer, padded
 from rlhf_kit.token_cache import tokenised
-from rlhf_kit.training import Training, Watched, batches_of_like_length, evaluating, without_dropout
+from rlhf_kit.training import Training, batches_of_like_length, evaluating, without_dropout
 
 HELDOUT = 1024
 """Held-out rows at most, taken at random, that the loss is measured on."""
@@ -64,15 +60,7 @@ def run(job: Job) -> Outcome:
         log=log,
         pieces=Pieces(f"stages.{job.name}.microbatch", settings.microbatch, "rows", job.accelerator),
     )
-    trainer = Trainer(
-        model=model,
-        args=training.arguments(SFTConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        data_collator=lambda rows: {"rows": rows},
-        train_dataset=training.dataset(),
-        processing_class=job.text_format.tokenizer,
-    )
-    trainer.pad_id = job.text_format.pad_id
-    training.attach(trainer)
+    attach_trainer(training, job.text_format)
 
     def loss_on_heldout() -> float:
         assert heldout is not None
@@ -105,29 +93,6 @@ def run(job: Job) -> Outcome:
         },
         extra={"steps": training.steps, "tokens": training.tokens(lambda row: len(row["input_ids"]))},
     )
-
-
-class Trainer(Watched, SFTTrainer):
-    """trl's, with its way to log-probabilities that never holds all logits [B, T, V]."""
-
-    pad_id: int
-
-    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        return sum(label != IGNORED for row in rows for label in row["labels"][1:])
-
-    def microbatches(self, rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[dict[str, Tensor]]:
-        for index in batches_of_like_length([len(row["input_ids"]) for row in rows], size):
-            yield padded([rows[row] for row in index], self.pad_id, self.model.device)
-
-    def part(self, microbatch: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        return -self.model(**microbatch, fused_lm_head=True).log_probs.sum() / tokens  # 0 where there is no label
-
-
-def padded(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return a batch of rows as the model takes it: ids, mask and labels, each [B, T], right-padded."""
-    ids, mask = right_pad([row["input_ids"] for row in rows], pad_id)
-    labels, _ = right_pad([row["labels"] for row in rows], IGNORED)
-    return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device), "labels": labels.to(device)}
 
 
 def heldout_loss(job: Job, model: PeftModel, rows: Sequence[Mapping[str, Any]], pieces: Pieces) -> float:

@@ -24,6 +24,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces"},
     {"rollout", "evaluation", "training", "preview", "finished", "watch", "ptx"},
+    {"supervised"},
     {"sampling", "merge", "model_card"},
     {"publish"},
     {"chat"},

@@ -146,7 +146,7 @@ FAULTS = [
         ("yaml:8: stages.sft: written twice, first on line 5",),
     ),
     Fault("duplicate key", recipe("name: plain", "name: plain\nname: other"), ("yaml:2: name: written twice",)),
-    Fault("unknown kind", recipe("kind: ppo", "kind: dpo"), ("yaml:13: stages.ppo.kind: must be sft, reward or ppo",)),
+    Fault("unknown kind", recipe("kind: ppo", "kind: dpoo"), ("yaml:13: stages.ppo.kind: must be sft, reward, ppo, ",)),
     Fault("no YAML", recipe("base:\n", "base:\n\t"), ("yaml:3: not YAML", "spaces, not tabs")),
     Fault("alias", recipe("data: pairs.md", "data: *cards"), ("yaml:11", "alias")),
     Fault("empty recipe", file("recipe.yaml", lambda path: path.write_text("")), ("recipe.yaml: is empty",)),

@@ -110,13 +110,14 @@ def test_another_number_of_processes_goes_on_within_rounding(server, recipe, who
 
 SMALLER = """
 import torch
-from rlhf_kit.stages import ppo, reward, sft
+from rlhf_kit import supervised
+from rlhf_kit.stages import ppo, reward
 
 def refuse(rows):
     if rows > 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-sft_part, reward_part, learn, generate = sft.Trainer.part, reward.Trainer.part, ppo.PPO._learn_from, ppo.generate
+sft_part, reward_part, learn, generate = supervised.Trainer.part, reward.Trainer.part, ppo.PPO._learn_from, ppo.generate
 
 def part(self, microbatch, tokens):
     if len(microbatch["input_ids"]) > 1:
@@ -137,7 +138,7 @@ def generated(shared, role, prompts, *rest, **more):
     refuse(len(prompts.prompt_ids) - 3)
     return generate(shared, role, prompts, *rest, **more)
 
-sft.Trainer.part, reward.Trainer.part = part, comparisons
+supervised.Trainer.part, reward.Trainer.part = part, comparisons
 ppo.PPO._learn_from, ppo.generate = learn_from, generated
 """
 
@@ -180,8 +181,9 @@ def test_numbers_that_are_not_finite_are_skipped_if_asked_for(server, recipe, tm
     """on_nonfinite: skip leaves the step out, counts it and goes on; stop, the default, ends the run."""
     before = """
 import torch
-from rlhf_kit.stages import ppo, sft
-part, scored = sft.Trainer.part, ppo.PPO._raw_scores
+from rlhf_kit import supervised
+from rlhf_kit.stages import ppo
+part, scored = supervised.Trainer.part, ppo.PPO._raw_scores
 
 def broken(self, microbatch, tokens):
     loss = part(self, microbatch, tokens)
@@ -192,7 +194,7 @@ def scores(self, written):
     self.calls = getattr(self, "calls", 0) + 1
     return found * float("inf") if self.calls == 2 else found
 
-sft.Trainer.part, ppo.PPO._raw_scores = broken, scores
+supervised.Trainer.part, ppo.PPO._raw_scores = broken, scores
 """
     out = tmp_path / "run"
     ended = server.run(recipe, out, *SHORT, before=before)
@@ -307,15 +309,15 @@ def test_a_second_interrupt_leaves_at_once(server, recipe, tmp_path):
     out = tmp_path / "run"
     before = """
 import os, signal
-from rlhf_kit.stages import sft
-part = sft.Trainer.part
+from rlhf_kit import supervised
+part = supervised.Trainer.part
 
 def interrupted(self, *rest):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     return part(self, *rest)
 
-sft.Trainer.part = interrupted
+supervised.Trainer.part = interrupted
 """
     ended = server.run(recipe, out, *SHORT, before=before)
     assert ended.code not in (0, 75) and "Traceback" not in ended.log
