@@ -263,6 +263,62 @@ def score(
         print(artifacts.json_line(row).decode(), end="")
 
 
+@app.command("eval")
+def evaluate(
+    run_dir: RunDir,
+    stages: Annotated[str | None, typer.Option(metavar="A,B,...", help="Or `base`; without it all policies.")] = None,
+    against: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Another run, whose policy joins.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead of the recipe's held-out prompts.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="Prompts at most; without it as the recipe says.")] = None,
+    best_of: Annotated[int, typer.Option(min=1, help="Samples a prompt for best-of-n; 1 leaves it out.")] = 64,
+    best_of_prompts: Annotated[int, typer.Option(min=2, help="Prompts for best-of-n.")] = 64,
+    text: Annotated[Path | None, typer.Option(metavar="CARD", help="Texts to measure the perplexity on.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="A language model that says which answer is better.")
+    ] = None,
+    pairs_out: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Write answers in blind pairs for people to judge.")
+    ] = None,
+    human: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What they said: rows {id, preferred: a, b or tie}.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts at a time.")] = None,
+    base: MovedBase = None,
+) -> None:
+    """Compare the policies of a finished run on held-out prompts; figures go to eval.json and into report.html."""
+    from rich.console import Console
+
+    from rlhf_kit import artifacts, judges, report
+    from rlhf_kit.closing import print_comparison
+    from rlhf_kit.comparison import Asked, Comparison
+    from rlhf_kit.finished import FinishedRun
+    from rlhf_kit.sampling import read_prompts
+
+    if judge is not None and human is not None:
+        raise InputError("--judge and --human: one of them says who wins; give one.")
+    if pairs_out is not None:
+        artifacts.check_new_file(pairs_out)
+    found = FinishedRun(run_dir, base)
+    asked = Asked(
+        systems=None if stages is None else tuple(stages.split(",")),
+        against=against,
+        prompts=None if prompts is None else tuple(read_prompts(prompts)),
+        count=count,
+        best_of=best_of,
+        best_of_prompts=best_of_prompts,
+        text=text,
+        batch_size=batch_size,
+        judge=judges.HumanJudge(human) if human else judges.LocalJudge(judge, found.shared.device) if judge else None,
+        pairs_out=pairs_out,
+    )
+    measured = Comparison(found, asked).measure()
+    artifacts.write_json(run_dir / artifacts.EVAL, measured)
+    report.write_report(run_dir)
+    print_comparison(measured, run_dir, Console())
+
+
 @app.command()
 def merge(
     run_dir: RunDir,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,73 @@ def print_closing_table(recipe: Recipe, folder: Path, summary: Mapping[str, Any]
     for part in _parts(recipe, folder, summary):
         # Only tables are fitted to the width: a path that is broken cannot be copied.
         console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
+
+
+def print_comparison(measured: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Print what `eval` measured: systems, win rates, best-of-n and what was forgotten."""
+    for part in _comparison(measured, folder):
+        console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
+
+
+def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[RenderableType]:
+    columns = [
+        ("gold", "gold", 2),
+        ("score", "score", 2),
+        ("kl", "KL (nats)", 1),
+        ("length", "length (tokens)", 1),
+        ("ended", "ended", 2),
+        ("repetition", "repetition", 2),
+        ("distinct_2", "distinct-2", 2),
+        ("refusals", "refusals", 2),
+    ]
+    shown = [column for column in columns if all(column[0] in figures for figures in measured["systems"].values())]
+    table = _plain_table([f"{measured['prompts']['count']} prompts", *(head for _, head, _ in shown)])
+    text = measured["text"]
+    if text is not None:
+        table.add_column(f"perplexity on {text['card']}", justify="right")
+    for name, figures in measured["systems"].items():
+        forgotten = [f"{text['perplexity'][name]:.2f} ({text['change'][name]:+.1%})"] if text else []
+        table.add_row(name, *(f"{figures[key]:.{digits}f}" for key, _, digits in shown), *forgotten)
+    yield table
+    for source, rates in (("", measured["win_rate"]), ("judge: ", measured.get("judge") or {})):
+        for pair, win in rates.items():
+            if pair == "name" or win["rate"] is None:
+                continue
+            after, before = pair.split("/")
+            low, high = (_percent(end) for end in win["ci"])
+            controlled = f"; at equal length {_percent(win['length_controlled'])}" if "length_controlled" in win else ""
+            yield Text(f"{source}{after} wins over {before}   {_percent(win['rate'])}, {low} to {high}{controlled}")
+    best = measured["best_of_n"]
+    if best is not None:
+        yield Text()
+        heads = [key for key in ("gold", "score", "length") if key in best["points"][0]]
+        table = _plain_table([f"best of n of {best['of']}", "KL at most", *heads])
+        for point in best["points"]:
+            table.add_row(str(point["n"]), f"{point['kl_bound']:.2f}", *(f"{point[key]:.2f}" for key in heads))
+        yield table
+        for name, place in measured["frontier"].items():
+            yield Text(f"{name}: {frontier_line(place, best['samples'])}")
+    yield Text()
+    yield Text(f"figures   {folder / artifacts.EVAL}")
+    yield Text(f"report    {folder / artifacts.REPORT}")
+
+
+def frontier_line(place: Mapping[str, Any], samples: int) -> str:
+    """Return in words where a system stands to best-of-n on the same prompts."""
+    head = f"{place['verdict']} {place['value']:.2f} at {place['kl']:.1f} nats"
+    if place["equal_kl"] is None:
+        return f"{head}; best of {samples} does not reach it"
+    if place["kl_ratio"] is None:
+        return f"{head}; a single sample reaches it"
+    return f"{head}; best-of-n reaches it at {place['equal_kl']:.1f} nats: {place['kl_ratio']:.1f} times its KL"
+
+
+def _plain_table(heads: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column(heads[0])
+    for head in heads[1:]:
+        table.add_column(head, justify="right")
+    return table
 
 
 def _parts(recipe: Recipe, folder: Path, summary: Mapping[str, Any]) -> Iterator[RenderableType]:

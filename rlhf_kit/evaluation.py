@@ -8,9 +8,9 @@ names a gold scorer, which training never saw, it decides who wins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from rlhf_kit.batches import Rollout
 from rlhf_kit.check import evaluation_card, evaluation_lengths
-from rlhf_kit.collate import TextFormat, compared, left_pad, tokenise_prompts
+from rlhf_kit.collate import TextFormat, compared, tokenise_prompts
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Examples, Preference, Prompt, Ranking, prompts_of
-from rlhf_kit.generation import generate, uniforms
+from rlhf_kit.finished import RewardModel
+from rlhf_kit.generation import uniforms
 from rlhf_kit.maths import kl, statistics
 from rlhf_kit.metrics import progress, say
 from rlhf_kit.models import BASE, SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, PolicyStage, Recipe, RewardStage
-from rlhf_kit.rollout import completion_logprobs, completion_states, unscored
+from rlhf_kit.rollout import of_like_length, sampled, scored_by_models
 from rlhf_kit.scorers import Scorer, Written, add_reward_role, call_function, external_scorer, load_function
 
 SHOWN_PROMPTS = 3
@@ -39,11 +41,18 @@ class System:
     """What one system wrote for the held-out prompts, one entry a prompt."""
 
     texts: list[str]
+    tokens: list[list[int]]
+    """Of the completions, without their end token."""
+    ended: list[bool]
     scores: list[float] | None
     """None where the recipe has nothing that scores."""
     gold: list[float] | None
     kl: list[float]
-    """Nats per completion, to the policy that the last stage started from, on the system's own samples."""
+    """Nats per completion, to the policy that the last stage started from, on the system's own samples (k1)."""
+    kl_k3: list[float]
+    """The same by another estimator, which is never negative."""
+    reference: list[float]
+    """Log-probability of the completion, end token included, under that policy, in nats."""
     lengths: list[int]
     """Tokens, end token included."""
 
@@ -57,6 +66,100 @@ class System:
         gold = {} if self.gold is None else {"gold": fmean(self.gold), "gold_std": pstdev(self.gold)}
         score = {} if self.scores is None else {"score": fmean(self.scores)}
         return {**score, **gold, "kl": fmean(self.kl), "length": fmean(self.lengths)}
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Held-out prompts, and what answers to them are measured with."""
+
+    shared: SharedBase
+    text_format: TextFormat
+    prompts: Sequence[Prompt]
+    prompt_ids: Sequence[Sequence[int]]
+    limit: int
+    """Tokens of an answer."""
+    temperature: float
+    reference: str
+    """The role that KL is measured to."""
+    reward: RewardModel | None
+    gold: str | None
+    """A function package.module:function."""
+    seed: int
+    pieces: Pieces
+    """How many prompts are answered at a time."""
+
+    @torch.no_grad()
+    def answers(self, role: str) -> System:
+        """Return what a role answers.
+
+        Raises: InputError when a score is not finite.
+        """
+        rollout, written = self.sampled(role)
+        logprobs = self.pieces.whole(
+            lambda size: scored_by_models(
+                self.shared,
+                rollout,
+                policy=role,
+                reference=self.reference,
+                value=lambda piece, states: torch.zeros_like(piece.values),
+                temperature=self.temperature,
+                microbatch=size,
+            )
+        )
+        policy, reference = logprobs["policy_logprobs"], logprobs["reference_logprobs"]
+        mask = rollout.completion_mask
+        rows = [ids[real].tolist() for ids, real in zip(rollout.completion_ids, mask, strict=True)]
+        ended = rollout.ended.tolist()
+        return System(
+            texts=list(written.texts),
+            tokens=[ids[:-1] if done else ids for ids, done in zip(rows, ended, strict=True)],
+            ended=ended,
+            scores=self.scores(written, role),
+            gold=self.judged(written.texts),
+            kl=kl.kl_k1(policy, reference).double().sum(1).tolist(),
+            kl_k3=(kl.kl_k3(policy, reference) * mask).double().sum(1).tolist(),
+            reference=reference.double().sum(1).tolist(),
+            lengths=mask.sum(1).tolist(),
+        )
+
+    def sampled(self, role: str, *draw: object) -> tuple[Rollout, Written]:
+        """Return a role's completions, one for each prompt; another `draw` gives others."""
+        uniform = uniforms(range(len(self.prompts)), len(self.prompts), self.limit, self.seed, "evaluation", *draw)
+        return sampled(
+            self.shared,
+            role,
+            self.prompts,
+            self.prompt_ids,
+            uniform,
+            self.text_format,
+            self.temperature,
+            self.pieces,
+        )
+
+    def scores(self, written: Written, role: str) -> list[float] | None:
+        """Return the normalised scores of a role's completions; None where nothing scores.
+
+        Raises: InputError when one is not finite.
+        """
+        reward = self.reward
+        if reward is None:
+            return None
+
+        def in_pieces(size: int) -> list[float]:
+            scores = [0.0] * len(written.texts)
+            for piece in of_like_length(written.mask, range(len(scores)), size):
+                for row, score in zip(piece, reward(written.rows(piece)), strict=True):
+                    scores[row] = score
+            return scores
+
+        scores = self.pieces.whole(in_pieces)
+        if not all(map(math.isfinite, scores)):
+            raise InputError(f"{reward.name}: a held-out completion of {role} has a score that is NaN or infinite.")
+        return scores
+
+    def judged(self, texts: Sequence[str]) -> list[float] | None:
+        """Return the gold scores of answers to the prompts, in order; None where there is no gold scorer."""
+        return self.gold and call_function(load_function(self.gold), self.gold, self.prompts, texts)  # type: ignore[return-value]
 
 
 def summarise(
@@ -142,6 +245,24 @@ def _win_rate(after: System, before: System) -> dict[str, Any] | None:
     return {"rate": plain.rate, "ci": list(plain.ci), "length_matched": matched.rate}
 
 
+def heldout_prompts(
+    recipe: Recipe, examples: Mapping[Cards, Examples], text_format: TextFormat, count: int
+) -> tuple[list[Prompt], list[list[int]]]:
+    """Return `count` of the held-out prompts that a recipe is measured on, at most, and their tokens."""
+    card = evaluation_card(recipe)
+    assert card is not None
+    truncate, limit = evaluation_lengths(recipe)
+    rows = prompts_of(examples[card]).heldout
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    context = context_length(recipe.base)
+    room = None if context is None else context - limit
+    tokenised = tokenise_prompts([rows[index] for index in order[:count]], text_format, room, truncate)
+    prompts = [rows[order[index]].prompt for index in tokenised.kept]
+    if len(prompts) < count:
+        say(f"evaluation: {len(prompts)} held-out prompts, fewer than evaluation.count: {count}")
+    return prompts, tokenised.rows
+
+
 def _answers(
     recipe: Recipe,
     folder: Path,
@@ -151,75 +272,33 @@ def _answers(
     accelerator: Accelerator,
 ) -> tuple[list[Prompt], dict[str, System]]:
     """Return the held-out prompts and what the base and every policy answer, on one shared base."""
-    settings, reference = recipe.evaluation, list(recipe.tuned().values())[-1].policy
-    sampling, card = recipe.last_sampling(), evaluation_card(recipe)
-    truncate, limit = evaluation_lengths(recipe)
-    temperature = sampling[1].temperature if sampling else 1.0
-    assert card is not None
-    rows = prompts_of(examples[card]).heldout
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    context = context_length(recipe.base)
-    room = None if context is None else context - limit
-    tokenised = tokenise_prompts([rows[index] for index in order[: settings.count]], text_format, room, truncate)
-    prompts = [rows[order[index]].prompt for index in tokenised.kept]
-    if len(prompts) < settings.count:
-        say(f"evaluation: {len(prompts)} held-out prompts, fewer than evaluation.count: {settings.count}")
-
+    settings, sampling = recipe.evaluation, recipe.last_sampling()
+    prompts, prompt_ids = heldout_prompts(recipe, examples, text_format, settings.count)
     shared = SharedBase(load_base(recipe.base, text_format, accelerator), recipe.base)
     names = [name for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)]
     for name in names:
         shared.add(name, folder / name / "adapter")
     rewards = [name for name, stage in recipe.stages.items() if isinstance(stage, RewardStage)]
     reward = sampling[1].reward if sampling else rewards[-1] if rewards else None
-    scorer: Scorer | None = None
-    mean, std = 0.0, 1.0
+    scored: RewardModel | None = None
     if reward is not None:
         unit = manifests[sampling[0] if sampling else reward]["score_normalisation"]
-        mean, std = unit["mean"], unit["std"]
         if reward in recipe.stages:
-            scorer = add_reward_role(shared, "reward model", folder / reward / "adapter")
+            scorer: Scorer = add_reward_role(shared, "reward model", folder / reward / "adapter")
         else:
             scorer = external_scorer(reward, shared.device)
-    gold = settings.gold and (settings.gold, load_function(settings.gold))
-
-    pieces = Pieces("evaluation.batch_size", settings.batch_size, "prompts", accelerator)
-
-    def answers(role: str, size: int) -> System:
-        texts: list[str] = []
-        scores: list[float] = []
-        divergence: list[float] = []
-        lengths: list[int] = []
-        starts = range(0, len(prompts), size)
-        for start in progress(starts, desc=f"evaluating {role}"):
-            batch = range(start, min(start + size, len(prompts)))
-            ids = [tokenised.rows[row] for row in batch]
-            packed = left_pad(ids, text_format.pad_id)
-            uniform = uniforms(batch, len(prompts), limit, recipe.seed, "evaluation")
-            completions = generate(
-                shared,
-                role,
-                packed,
-                uniform,
-                end_id=text_format.end_id,
-                pad_id=text_format.pad_id,
-                temperature=temperature,
-            )
-            rollout = unscored(packed, completions)
-            written = text_format.completion_texts(ids, completions.completion_ids, completions.completion_mask)
-            if scorer is not None:
-                raw = scorer(Written([prompts[row] for row in batch], written, rollout.ids, rollout.mask))
-                if not bool(raw.isfinite().all()):
-                    raise InputError(f"{reward}: a held-out completion of {role} has a score that is NaN or infinite.")
-                scores += ((raw - mean) / std).tolist()
-            logprobs = [
-                completion_logprobs(shared, completion_states(shared, who, rollout), rollout, temperature)
-                for who in (role, reference)
-            ]
-            texts += written
-            divergence += kl.kl_k1(*logprobs).sum(1).tolist()
-            lengths += completions.completion_mask.sum(1).tolist()
-        judged = call_function(gold[1], gold[0], prompts, texts) if gold else None
-        return System(texts, scores if scorer else None, judged, divergence, lengths)
-
-    with torch.no_grad():
-        return prompts, {role: pieces.whole(partial(answers, role)) for role in (BASE, *names)}
+        scored = RewardModel(reward, scorer, unit["mean"], unit["std"])
+    examination = Examination(
+        shared=shared,
+        text_format=text_format,
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        limit=evaluation_lengths(recipe)[1],
+        temperature=sampling[1].temperature if sampling else 1.0,
+        reference=list(recipe.tuned().values())[-1].policy,
+        reward=scored,
+        gold=settings.gold,
+        seed=recipe.seed,
+        pieces=Pieces("evaluation.batch_size", settings.batch_size, "prompts", accelerator),
+    )
+    return prompts, {role: examination.answers(role) for role in progress([BASE, *names], desc="evaluating, systems")}

@@ -21,6 +21,7 @@ from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer
 class RewardModel:
     """What a run's completions are scored by, in the unit of its reports."""
 
+    name: str
     scorer: Scorer
     mean: float
     std: float
@@ -124,7 +125,7 @@ class FinishedRun:
         else:
             raise InputError(f"{name}: is a stage of kind {manifest['kind']}; a stage of kind reward gives scores.")
         unit = manifest["score_normalisation"]
-        return RewardModel(scorer, unit["mean"], unit["std"])
+        return RewardModel(name, scorer, unit["mean"], unit["std"])
 
     def reward_if_any(self) -> RewardModel | None:
         """Return `reward()`, or None where nothing that scores is finished."""

@@ -48,6 +48,11 @@ def write_chain(folder: Path, **settings: Any) -> Path:
     return tiny.write_recipe(folder / "chain.yaml", model, stages, **settings)
 
 
+def vowels(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    """A gold score that nobody trains on."""
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
 def run(*arguments: str, processes: int | None = None, cwd: Path = ROOT, timeout: float = 300) -> Any:
     """Run `python -m rlhf_kit` with arguments, under `accelerate launch` if a number of processes is given.
 

@@ -1,0 +1,416 @@
+"""`rlhf-kit eval`: every policy of a run, and of another one, on the same held-out prompts, with all that is measured.
+
+Each system answers each prompt once, as in the closing table and with its random numbers. Beside the means stand win
+rates of each tuned policy over what it started from, best-of-n sampling from that start as the baseline that needs no
+training, how well each system still models text that it was not tuned on, and what every stage has cost.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+
+from rlhf_kit import artifacts
+from rlhf_kit.check import evaluation_card, evaluation_lengths
+from rlhf_kit.collate import IGNORED, forward_passes, right_pad, tokenise_demonstrations
+from rlhf_kit.data_cards import load_card
+from rlhf_kit.errors import InputError
+from rlhf_kit.evaluation import Examination, System, heldout_prompts
+from rlhf_kit.examples import Examples, Prompt, Share, load_examples, mixed
+from rlhf_kit.finished import FinishedRun
+from rlhf_kit.judges import HumanJudge, Judge, blind_pairs
+from rlhf_kit.maths import diversity, statistics
+from rlhf_kit.maths.best_of_n import expected_best, kl_bound
+from rlhf_kit.maths.logprobs import token_logprobs
+from rlhf_kit.metrics import progress
+from rlhf_kit.models import BASE, SharedBase
+from rlhf_kit.pieces import Pieces
+from rlhf_kit.recipe import Cards, PPOStage, SFTStage
+from rlhf_kit.rollout import logits_held
+from rlhf_kit.sampling import fitting_ids, usual_settings
+
+SHOWN = 6
+"""Prompts of which the answers are kept."""
+TEXTS = 256
+"""Held-out texts at most that perplexity is measured on."""
+REFUSAL = re.compile(
+    r"\W*((i'?m|i am) (sorry|unable|not able)|sorry, (but )?i|i (can ?not|can'?t|won'?t)|as an ai\b|i must decline"
+    r"|i apologi[sz]e, but)",
+    re.IGNORECASE,
+)
+"""How an answer begins that refuses, in English."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured; None leaves it to the run."""
+
+    systems: tuple[str, ...] | None = None
+    against: Path | None = None
+    """Another run directory on the same base, whose newest policy joins."""
+    prompts: tuple[Prompt, ...] | None = None
+    count: int | None = None
+    best_of: int = 64
+    best_of_prompts: int = 64
+    text: Path | None = None
+    """A data card; None takes the ptx texts, or the demonstrations of the SFT stage."""
+    batch_size: int | None = None
+    judge: Judge | None = None
+    pairs_out: Path | None = None
+    """Where blind pairs for people to judge go."""
+
+
+class Comparison:
+    """One evaluation of a finished run."""
+
+    def __init__(self, run: FinishedRun, asked: Asked) -> None:
+        self.run, self.asked = run, asked
+        named = asked.systems or (BASE, *self._finished())
+        self.systems = {name: run.policy(name) for name in named}
+        if asked.against is not None:
+            self.systems |= self._other(asked.against)
+        if len(self.systems) < 2:
+            raise InputError(f"{run.folder}: only {', '.join(named)} to look at; a comparison has two systems or more.")
+
+    def _finished(self) -> list[str]:
+        return [name for name in self.run.policies() if artifacts.read_manifest(self.run.folder / name) is not None]
+
+    def _other(self, folder: Path) -> dict[str, str]:
+        """Return the newest policy of another run as a role on this run's base.
+
+        Raises: InputError when it was made on another base.
+        """
+        other = FinishedRun(folder)
+        stage = other.newest_policy()
+        if stage == BASE:
+            raise InputError(f"{folder}: has no finished policy to compare with.")
+        theirs, ours = (
+            other.manifest(stage)["base"]["sha256"],
+            self.run.manifest(self._finished()[-1])["base"]["sha256"],
+        )
+        if theirs != ours:
+            raise InputError(f"{folder}: was made on another base than {self.run.folder}; both must be on the same.")
+        name = f"{other.recipe.name}:{stage}"
+        if name in self.systems or folder.resolve() == self.run.folder.resolve():
+            name = f"{folder.name}:{stage}"
+        self.run.shared.add(name, folder / stage / "adapter")
+        return {name: name}
+
+    @cached_property
+    def examination(self) -> Examination:
+        """The held-out prompts and what answers are measured with."""
+        run, recipe = self.run, self.run.recipe
+        limit, temperature = usual_settings(run)
+        limit = recipe.evaluation.max_new_tokens or limit
+        count = self.asked.count or recipe.evaluation.count
+        if self.asked.prompts is not None:
+            prompts = list(self.asked.prompts[:count])
+            ids = [fitting_ids(run, prompt, limit, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+        else:
+            card = evaluation_card(recipe)
+            if card is None:
+                raise InputError(f"{run.folder}: its recipe names no prompts to measure on; use --prompts FILE.")
+            limit = evaluation_lengths(recipe)[1]
+            prompts, ids = heldout_prompts(recipe, {card: self._examples(card)}, run.text_format, count)
+        tuned = [name for name in self.systems if run.start_of(name) in self.systems and name in self._finished()]
+        reference = run.start_of(tuned[-1]) if tuned else next(iter(self.systems))
+        return Examination(
+            shared=run.shared,
+            text_format=run.text_format,
+            prompts=prompts,
+            prompt_ids=ids,
+            limit=limit,
+            temperature=temperature,
+            reference=reference,
+            reward=run.reward_if_any(),
+            gold=recipe.evaluation.gold,
+            seed=recipe.seed,
+            pieces=Pieces(
+                "--batch-size", self.asked.batch_size or recipe.evaluation.batch_size, "prompts", run.accelerator
+            ),
+        )
+
+    def _examples(self, cards: Cards) -> Examples:
+        """Return the rows of the card, or the mixture, that the recipe names.
+
+        Raises: InputError when it is not there any more.
+        """
+        recipe = self.run.recipe
+        try:
+            if isinstance(cards, str):
+                return load_examples(load_card(cards, recipe.data_root))
+            shares = [
+                Share(load_examples(load_card(portion.card, recipe.data_root)), portion.weight, portion.cap)
+                for portion in cards
+            ]
+            return mixed(shares)
+        except InputError as error:
+            raise InputError([*error.problems, "to measure on other prompts: --prompts FILE"]) from error
+
+    # ------------------------------------------------------------ measuring
+
+    def measure(self) -> dict[str, Any]:
+        """Return `eval.json`."""
+        examination = self.examination
+        answers = {
+            name: examination.answers(role) for name, role in progress(self.systems.items(), desc="evaluating, systems")
+        }
+        pairs = self._pairs()
+        measured: dict[str, Any] = {
+            "schema": artifacts.SCHEMA,
+            "rlhf_kit": artifacts.__version__,
+            "prompts": {"count": len(examination.prompts), "hash": artifacts.hash_of(list(examination.prompts))},
+            "reference": examination.reference,
+            "verdict": "gold" if examination.gold else "score" if examination.reward else None,
+            "systems": {name: figures(system) for name, system in answers.items()},
+            "win_rate": {
+                f"{after}/{before}": won(answers[after], answers[before])
+                for after, before in pairs
+                if answers[after].verdict is not None
+            },
+            "best_of_n": None,
+            "frontier": {},
+            "text": self._text(),
+            "cost": self._cost(),
+            "examples": self._examples_shown(answers),
+        }
+        texts = {
+            f"{after}/{before}": (examination.prompts, answers[after].texts, answers[before].texts)
+            for after, before in pairs
+        }
+        if self.asked.pairs_out is not None:
+            rows = [row for pair, columns in texts.items() for row in blind_pairs(pair, *columns)]
+            artifacts.write_lines(self.asked.pairs_out, sorted(rows, key=lambda row: str(row["id"])))
+        if (judge := self.asked.judge) is not None:
+            measured["judge"] = {"name": judge.name} | {
+                pair: judge.verdicts(pair, *columns) for pair, columns in texts.items()
+            }
+            if isinstance(judge, HumanJudge):
+                judge.check_all_met()
+        if self.asked.best_of > 1 and examination.reward is not None:
+            best = self._best_of_n(answers)
+            measured["best_of_n"], measured["frontier"] = best
+        return measured
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """Return the systems that are compared: each with what it started from, and another run's with ours."""
+        own = [name for name in self.systems if name == BASE or name in self.run.policies()]
+        pairs = [(name, self.run.start_of(name)) for name in own if name != BASE]
+        others = [name for name in self.systems if name not in own]
+        return [pair for pair in pairs if pair[1] in self.systems] + [(own[-1], name) for name in others]
+
+    def _examples_shown(self, answers: Mapping[str, System]) -> list[dict[str, Any]]:
+        """Return the first prompts with what every system answered, and how it was scored."""
+        return [
+            {
+                "prompt": self.examination.prompts[row],
+                "answers": {
+                    name: {
+                        "text": system.texts[row],
+                        "score": system.scores[row] if system.scores else None,
+                        "gold": system.gold[row] if system.gold else None,
+                        "kl": system.kl[row],
+                        "length": system.lengths[row],
+                    }
+                    for name, system in answers.items()
+                },
+            }
+            for row in range(min(SHOWN, len(self.examination.prompts)))
+        ]
+
+    def _best_of_n(self, answers: Mapping[str, System]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what best-of-n of the reference reaches, n in powers of two, and where tuned policies stand to it.
+
+        Both are measured on the same prompts, the first `best_of_prompts`.
+        """
+        whole = self.examination
+        rows = range(min(self.asked.best_of_prompts, len(whole.prompts)))
+        some = replace(whole, prompts=whole.prompts[: len(rows)], prompt_ids=whole.prompt_ids[: len(rows)])
+        columns: dict[str, list[list[float]]] = {"score": [], "gold": [], "length": []}  # [draw][prompt]
+        with torch.no_grad():
+            for draw in progress(range(self.asked.best_of), desc=f"best of n, samples of {whole.reference}"):
+                rollout, written = some.sampled(whole.reference, "best of n", draw)
+                columns["score"].append(some.scores(written, whole.reference) or [])
+                columns["gold"].append(some.judged(written.texts) or [])
+                columns["length"].append(rollout.completion_mask.sum(1).tolist())
+        by_prompt = {name: [list(column) for column in zip(*draws, strict=True)] for name, draws in columns.items()}
+        points = []
+        for n in powers_of_two(self.asked.best_of):
+            per_prompt = {
+                name: [expected_best(by_prompt["score"][row], values[row], n) for row in rows]
+                for name, values in by_prompt.items()
+                if values
+            }
+            means = {name: fmean(values) for name, values in per_prompt.items()}
+            points.append({"n": n, "kl_bound": kl_bound(n), **means})
+        verdict = "gold" if by_prompt["gold"] else "score"
+        frontier = {
+            name: self._against(system, rows, verdict, [(point["kl_bound"], point[verdict]) for point in points])
+            for name, system in answers.items()
+            if name not in (BASE, whole.reference)
+        }
+        best = {"of": whole.reference, "samples": self.asked.best_of, "prompts": len(rows), "points": points}
+        return best, frontier
+
+    def _against(
+        self, system: System, rows: Sequence[int], verdict: str, curve: Sequence[tuple[float, float]]
+    ) -> dict[str, Any]:
+        """Return a system's KL and verdict on some prompts, and how much KL best-of-n needs for as much.
+
+        curve: (KL bound, verdict) of best-of-n. "equal_kl" is None where no n measured reaches the system.
+        """
+        values = system.gold if verdict == "gold" else system.scores
+        assert values is not None
+        reached, divergence = fmean(values[row] for row in rows), fmean(system.kl[row] for row in rows)
+        equal = interpolated(curve, reached)
+        ratio = None if not equal or equal <= 0 else divergence / equal
+        return {"verdict": verdict, "value": reached, "kl": divergence, "equal_kl": equal, "kl_ratio": ratio}
+
+    def _text(self) -> dict[str, Any] | None:
+        """Return the perplexity of every system on held-out text, and its change from the reference's."""
+        if self.asked.text is not None:
+            examples = load_examples(load_card(self.asked.text, self.run.recipe.data_root))
+        elif (card := self._text_of_run()) is not None:
+            examples = self._examples(card)
+        else:
+            return None
+        if examples.card.kind not in ("text", "demonstrations"):
+            seen = f"{examples.card.path}: is of kind {examples.card.kind}"
+            raise InputError(f"{seen}; --text takes a card of kind text or demonstrations.")
+        rows = (examples.heldout or examples.train)[:TEXTS]
+        tokenised = tokenise_demonstrations(rows, self.run.text_format, self.run.context, "drop")
+        found = {name: perplexity(self.run, role, tokenised.rows) for name, role in self.systems.items()}
+        return {
+            "card": examples.card.name,
+            "rows": len(tokenised.rows),
+            "heldout": bool(examples.heldout),
+            "perplexity": found,
+            "change": {name: value / found[self.examination.reference] - 1 for name, value in found.items()},
+        }
+
+    def _text_of_run(self) -> Cards | None:
+        stages = self.run.recipe.stages.values()
+        ptx = [stage.ptx.data for stage in stages if isinstance(stage, PPOStage) and stage.ptx is not None]
+        shown = [stage.data for stage in stages if isinstance(stage, SFTStage)]
+        return next(chain(ptx, shown), None)
+
+    def _cost(self) -> dict[str, Any]:
+        """Return for each finished stage wall time, tokens, peak memory, and an estimate of its arithmetic."""
+        parameters = sum(base_parameters(self.run.shared))
+        asked = fmean(map(len, self.examination.prompt_ids))
+        costs = {}
+        for name, stage in self.run.recipe.stages.items():
+            manifest = artifacts.read_manifest(self.run.folder / name)
+            if manifest is None:
+                continue
+            tokens = manifest["cost"]["tokens"]
+            flops = None if tokens is None else parameters * tokens * passes_per_token(stage, manifest, asked)
+            costs[name] = {**manifest["cost"], "flops": flops, "6PD": tokens and 6 * parameters * tokens}
+        return costs
+
+
+def passes_per_token(stage: Any, manifest: Mapping[str, Any], prompt_tokens: float) -> float:
+    """Return about how many operations a stage does for each base parameter and each token that its manifest counts.
+
+    A forward pass takes 2; the backward pass through frozen weights 2 more, for nothing is summed up for the weights.
+    A PPO stage counts completion tokens and reads prompts too; per completion it samples (2), reads policy, reference,
+    value and reward (2 each), and learns (4 an epoch, and 4 for a value adapter's).
+    """
+    if not isinstance(stage, PPOStage):
+        return 4.0
+    length = max(1.0, manifest["metrics"].get("rollout/length") or 1.0)
+    whole = (prompt_tokens + length) / length
+    value_epochs = stage.value_epochs or (1 if stage.value == "adapter" else stage.epochs)
+    reads = 1 + 3 + (stage.value == "adapter")
+    learns = stage.epochs + (value_epochs if stage.value == "adapter" else 0)
+    return whole * (2 * reads + 4 * learns)
+
+
+def base_parameters(shared: SharedBase) -> Iterator[int]:
+    """Yield how many numbers each frozen weight of the trunk holds; 4-bit weights hold two a byte."""
+    for name, parameter in shared.trunk.named_parameters():
+        if "lora_" not in name:
+            packed = getattr(parameter, "quant_state", None)
+            yield math.prod(packed.shape) if packed is not None else parameter.numel()
+
+
+# ---------------------------------------------------------------- figures
+
+
+def figures(system: System) -> dict[str, Any]:
+    """Return the means of a system over the prompts."""
+    kl_error = statistics.mean_and_error(system.kl)[1]
+    scored: dict[str, Any] = {}
+    for name, values in (("score", system.scores), ("gold", system.gold)):
+        if values is not None:
+            mean, error = statistics.mean_and_error(values)
+            scored |= {name: mean, f"{name}_std": pstdev(values), f"{name}_error": error}
+    return {
+        **scored,
+        "kl": fmean(system.kl),
+        "kl_error": kl_error,
+        "kl_k3": fmean(system.kl_k3),
+        "length": fmean(system.lengths),
+        "ended": fmean(system.ended),
+        "repetition": fmean(map(diversity.repetition, system.tokens)),
+        "distinct_1": diversity.distinct(system.tokens, 1),
+        "distinct_2": diversity.distinct(system.tokens, 2),
+        "refusals": fmean(bool(REFUSAL.match(text)) for text in system.texts),
+        "reference_perplexity": math.exp(-math.fsum(system.reference) / math.fsum(system.lengths)),
+    }
+
+
+def won(after: System, before: System) -> dict[str, Any]:
+    """Return how often one system beats another on the same prompts, ties counted half and told."""
+    assert after.verdict is not None and before.verdict is not None
+    plain = statistics.win_rate(after.verdict, before.verdict)
+    matched = statistics.length_matched_win_rate(after.verdict, after.lengths, before.verdict, before.lengths)
+    ties = fmean(one == other for one, other in zip(after.verdict, before.verdict, strict=True))
+    return {
+        "rate": plain.rate,
+        "ci": list(plain.ci),
+        "ties": ties,
+        "length_controlled": matched.rate,
+        "length_controlled_ci": list(matched.ci),
+    }
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4, ... up to `most`, which is the last."""
+    return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+
+
+def interpolated(curve: Sequence[tuple[float, float]], value: float) -> float | None:
+    """Return the first x at which a curve of (x, y), of straight lines, reaches `value`; None if it never does."""
+    before: tuple[float, float] | None = None
+    for x, y in curve:
+        if y >= value:
+            if before is None or y == before[1]:
+                return x
+            return before[0] + (x - before[0]) * (value - before[1]) / (y - before[1])
+        before = (x, y)
+    return None
+
+
+@torch.no_grad()
+def perplexity(run: FinishedRun, role: str, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return exp of the mean negative log-probability of a token, over the learnt tokens of tokenised rows."""
+    shared, device = run.shared, run.shared.device
+    total, tokens = 0.0, 0
+    for index in forward_passes([len(row["input_ids"]) for row in rows], 8192):
+        ids, mask = right_pad([rows[row]["input_ids"] for row in index], run.text_format.pad_id)
+        labels, _ = right_pad([rows[row]["labels"] for row in index], IGNORED)
+        ids, mask, learnt = ids.to(device), mask.to(device), labels[:, 1:].to(device) != IGNORED
+        states = shared.hidden(role, ids, mask)[:, :-1][learnt]
+        logprobs = token_logprobs(states, shared.output_head, ids[:, 1:][learnt], 1.0, logits_held(device))
+        total, tokens = total - float(logprobs.double().sum()), tokens + int(learnt.sum())
+    return math.exp(total / tokens)

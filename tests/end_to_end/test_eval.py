@@ -1,0 +1,170 @@
+"""`rlhf-kit eval`: what it measures is what is there, the same again the next time, and people and models may judge."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from rlhf_kit import load
+from rlhf_kit.comparison import interpolated, powers_of_two
+from tests import tiny
+from tests.end_to_end import chain
+
+FEW = ("--best-of", "4", "--best-of-prompts", "3")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the tiny chain."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = chain.write_chain(folder, evaluation={"gold": "tests.end_to_end.chain:vowels"})
+    chain.run_chain(recipe, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def measured(finished):
+    ended = chain.run("eval", str(finished), *FEW)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads((finished / "eval.json").read_text()), ended.stdout
+
+
+def test_it_agrees_with_the_closing_table(finished, measured):
+    """Same prompts, same random numbers, same scorers: the means of `summary.json` are there again."""
+    found, printed = measured
+    summary = json.loads((finished / "summary.json").read_text())
+    assert found["systems"].keys() == {"base", "sft", "ppo"} and found["verdict"] == "gold"
+    for name, figures in summary["systems"].items():
+        for key, value in figures.items():
+            assert found["systems"][name][key] == pytest.approx(value, abs=1e-5)
+    assert found["win_rate"]["ppo/sft"]["rate"] == pytest.approx(summary["win_rate"]["ppo/sft"]["rate"])
+    assert found["win_rate"].keys() == {"sft/base", "ppo/sft"}
+    assert "ppo wins over sft" in printed and "best of n of sft" in printed
+
+
+def test_the_figures_are_those_of_the_answers(measured):
+    found, _ = measured
+    for figures in found["systems"].values():
+        for name in ("ended", "repetition", "distinct_1", "distinct_2", "refusals"):
+            assert 0 <= figures[name] <= 1
+        assert figures["reference_perplexity"] > 1
+    assert found["systems"]["sft"]["kl"] == found["systems"]["sft"]["kl_k3"] == 0  # it is the reference
+    points = found["best_of_n"]["points"]
+    assert [point["n"] for point in points] == [1, 2, 4]
+    scores = [point["score"] for point in points]
+    assert scores == sorted(scores)
+    assert found["frontier"].keys() == {"ppo"} and found["frontier"]["ppo"]["verdict"] == "gold"
+
+
+def test_perplexity_is_that_of_the_model(finished, measured):
+    """On the demonstrations that the SFT stage held out, computed anew with the loaded model's own loss."""
+    found, _ = measured
+    from rlhf_kit.collate import load_text_format, tokenise_demonstrations
+    from rlhf_kit.data_cards import load_card
+    from rlhf_kit.examples import load_examples
+    from rlhf_kit.recipe import written_recipe
+
+    recipe = written_recipe(finished / "recipe.resolved.yaml")
+    rows = tokenise_demonstrations(
+        load_examples(load_card(recipe.stages["sft"].data)).heldout, load_text_format(recipe.base), None, "drop"
+    ).rows
+    model, _ = load(finished, "ppo")
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            labels = torch.tensor([row["labels"]])
+            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
+            count = int((labels[:, 1:] != -100).sum())
+            total, tokens = total + float(loss) * count, tokens + count
+    assert found["text"]["rows"] == len(rows) and found["text"]["heldout"]
+    assert found["text"]["perplexity"]["ppo"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert found["text"]["change"]["sft"] == 0
+
+
+def test_the_same_again(finished, measured):
+    """Byte by byte, whatever the batch; and of chosen systems alone."""
+    before = (finished / "eval.json").read_bytes()
+    assert chain.run("eval", str(finished), *FEW).returncode == 0
+    assert (finished / "eval.json").read_bytes() == before
+    ended = chain.run("eval", str(finished), *FEW, "--stages", "sft,ppo", "--batch-size", "3")
+    assert ended.returncode == 0, ended.stderr
+    again = json.loads((finished / "eval.json").read_text())
+    assert again["systems"].keys() == {"sft", "ppo"}
+    assert again["systems"]["ppo"]["score"] == pytest.approx(measured[0]["systems"]["ppo"]["score"], abs=1e-5)
+
+
+def test_people_judge_blind_pairs(finished, tmp_path):
+    """Who is `a` is not told; verdicts for the longer answer give the rate at which each system's is longer."""
+    pairs, verdicts = tmp_path / "pairs.jsonl", tmp_path / "verdicts.jsonl"
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--stages", "sft,ppo", "--pairs", str(pairs))
+    assert ended.returncode == 0, ended.stderr
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    said = [{"id": row["id"], "preferred": preferred(row)} for row in rows]
+    verdicts.write_text("".join(json.dumps(row) + "\n" for row in said))
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--stages", "sft,ppo", "--human", str(verdicts))
+    assert ended.returncode == 0, ended.stderr
+    judged = json.loads((finished / "eval.json").read_text())["judge"]["ppo/sft"]
+    assert judged["prompts"] == len(rows)
+    answers = {tuple(sorted((row["a"], row["b"]))): preferred(row) for row in rows}
+    assert len(answers) > 0 and 0 <= judged["rate"] <= 1
+    assert judged["ties"] == pytest.approx(sum(row["preferred"] == "tie" for row in said) / len(said))
+    stale = tmp_path / "stale.jsonl"
+    stale.write_text(json.dumps({"id": "0123456789abcdef", "preferred": "a"}) + "\n")
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--human", str(stale))
+    assert ended.returncode == 2 and "on answers that these systems do not give" in ended.stderr
+    stale.write_text(json.dumps({"id": "x", "preferred": "both"}) + "\n")
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--human", str(stale))
+    assert ended.returncode == 2 and f"{stale}:1" in ended.stderr
+
+
+def preferred(row: dict) -> str:
+    return "tie" if len(row["a"]) == len(row["b"]) else "a" if len(row["a"]) > len(row["b"]) else "b"
+
+
+def test_a_model_judges(finished, tmp_path):
+    """Any local causal model; asked in both orders, so one that always says A has only ties."""
+    judge = tiny.make_checkpoint(tmp_path / "judge", context=4096)
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--stages", "sft,ppo", "--judge", str(judge))
+    assert ended.returncode == 0, ended.stderr
+    judged = json.loads((finished / "eval.json").read_text())["judge"]
+    assert 0 <= judged["ppo/sft"]["rate"] <= 1
+    assert judged["ppo/sft"]["ties"] == pytest.approx(1 - judged["ppo/sft"]["consistent"])
+
+
+def test_another_run_joins(finished, tmp_path):
+    """On the same base; its newest policy is compared with ours, and equals ours where it is a copy."""
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    ended = chain.run("eval", str(finished), *FEW, "--against", str(other))
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((finished / "eval.json").read_text())
+    (name,) = found["systems"].keys() - {"base", "sft", "ppo"}
+    assert found["systems"][name] == found["systems"]["ppo"]
+    assert found["win_rate"][f"ppo/{name}"]["rate"] == 0.5 and found["win_rate"][f"ppo/{name}"]["ties"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--stages", "sft,pppo"), "did you mean ppo?"),
+        (("--stages", "ppo"), "a comparison has two systems or more"),
+        (("--stages", "sft,reward"), "which writes nothing"),
+        (("--judge", "x", "--human", "y"), "give one"),
+        (("--human", "missing.jsonl"), "there is no such file"),
+        (("--prompts", "missing.jsonl"), "there is no such file"),
+        (("--against", "missing"), "missing"),
+    ],
+)
+def test_wrong_questions(finished, arguments, told):
+    ended = chain.run("eval", str(finished), *arguments)
+    assert ended.returncode == 2 and told in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_curves_by_hand():
+    assert powers_of_two(1) == [1] and powers_of_two(6) == [1, 2, 4, 6] and powers_of_two(8) == [1, 2, 4, 8]
+    curve = [(0.0, 1.0), (1.0, 2.0), (3.0, 4.0)]
+    assert [interpolated(curve, y) for y in (0.5, 1.5, 3.0, 5.0)] == [0.0, 0.5, 2.0, None]
