@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Diverged", "InputError", "Interrupted", "OutOfRoom", "did_you_mean", "first_line", "printable"]
+__all__ = ["Diverged", "InputError", "Interrupted", "NotScored", "OutOfRoom", "did_you_mean", "first_line", "printable"]
 
 MOST = 100
 """Problems that one InputError tells."""
@@ -54,6 +54,10 @@ class OutOfRoom(Exception):
 
 class NotPushed(Exception):
     """The Hub could not be reached or did not take a push; the run is as it was. Ends with exit code 1."""
+
+
+class NotScored(Exception):
+    """The reward server could not be reached or gave no scores; what was done is kept. Ends with exit code 1."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

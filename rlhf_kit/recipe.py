@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError
 
@@ -229,7 +230,8 @@ class PPOStage(_Stage):
     policy: Text
     """An earlier sft or ppo stage: where the policy starts, and the KL reference."""
     reward: Text
-    """An earlier reward stage; or a folder or Hub id of a sequence classification model; or package.module:function."""
+    """An earlier reward stage; a folder or Hub id of a sequence classification model; package.module:function; or the
+    address of a reward server (`rlhf-kit serve-reward`), such as http://127.0.0.1:8000."""
     prompts: Cards
     """A data card of kind prompts, or several; of demonstrations, preferences and rankings the prompts are used."""
     kl_coef: NonNegative
@@ -284,7 +286,7 @@ class PPOStage(_Stage):
     missing_eos_penalty: NonNegative | None = None
     """Taken from the score of a completion that has no end token."""
     normalize_score: bool = True
-    """Use the mean and standard deviation that the reward stage left."""
+    """Use the mean and standard deviation that the reward stage, also a reward server's, left."""
     whiten_scores: bool = False
     """Divide the scores of each update by their standard deviation; their mean stays."""
     whiten_advantages: bool = True
@@ -376,12 +378,14 @@ class Recipe(Settings):
         """Return "file:line: a.b" of a setting, to begin a message with."""
         return f"{self._origin.marked.place(tuple(dotted.split('.')))}: {dotted}"
 
-    def reward_source(self, stage: str) -> Literal["stage", "function", "model"]:
+    def reward_source(self, stage: str) -> Literal["stage", "function", "server", "model"]:
         """Return what the `reward` of a ppo stage names."""
         settings = self.stages[stage]
         assert isinstance(settings, PPOStage)
         if settings.reward in self.stages:
             return "stage"
+        if is_address(settings.reward):
+            return "server"
         return "function" if FUNCTION.fullmatch(settings.reward) else "model"
 
     def depends_on(self, stage: str) -> list[str]:
@@ -540,7 +544,7 @@ NEEDED: Mapping[str, str] = {
     "data": "the data card to learn from",
     "card": "a data card, such as data_cards/mine.md",
     "policy": "the earlier sft stage to start from",
-    "reward": "an earlier reward stage, a model, or package.module:function",
+    "reward": "an earlier reward stage, a model, package.module:function, or the address of a reward server",
     "prompts": "the data card with the prompts",
     "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2",
     "repo": "owner/name on the Hub",
@@ -662,6 +666,9 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
             if target == name:
                 yield at, "a stage cannot build on itself"
             elif target not in stages:
+                if key == "reward" and is_address(target):
+                    yield from ((at, problem) for problem in _address_problems(target))
+                    continue
                 if key == "reward" and (FUNCTION.fullmatch(target) or _names_a_model(target, folder)):
                     continue
                 yield at, f"there is no stage {target}{did_you_mean(target, [n for n in stages if n != name])}"
@@ -671,6 +678,28 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
                 found = stages[target].get("kind") if isinstance(stages[target], dict) else None
                 if isinstance(found, str) and found in STAGE_KINDS and found not in kinds:
                     yield at, f"must name a stage of kind {' or '.join(kinds)}; {target} is of kind {found}"
+
+
+def is_address(reward: str) -> bool:
+    """Return whether a `reward` is the address of a server, well written or not."""
+    return "://" in reward
+
+
+def _address_problems(written: str) -> Iterator[str]:
+    """Yield what is wrong with the address of a reward server; what may be a secret is not repeated."""
+    if "@" in written:
+        yield "has a user or a password in it, and recipes are published; a reward server asks for none"
+        return
+    try:
+        address = urlsplit(written)
+        plain = address.scheme in ("http", "https") and address.hostname and not address.query + address.fragment
+        wrong = "" if plain else "http:// or https://, a host, and :port"
+        _ = address.port
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        seen = written.partition("?")[0][:80]
+        yield f"is no address of a reward server ({wrong}), such as http://127.0.0.1:8000; seen {seen}"
 
 
 # ---------------------------------------------------------------- paths
@@ -712,7 +741,7 @@ def _unpinned_code(base: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _names_a_model(reward: Any, folder: Path) -> bool:
-    if not isinstance(reward, str) or FUNCTION.fullmatch(reward):
+    if not isinstance(reward, str) or FUNCTION.fullmatch(reward) or is_address(reward):
         return False
     return re.search("[/:]", reward) is not None or any((place / reward).is_dir() for place in (folder, Path()))
 
@@ -741,4 +770,6 @@ def _model(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: 
         yield at, f"{written} is a file; name the checkpoint's folder"
     elif look and not HUB_ID.fullmatch(written):
         hub = "" if re.match(r"[./~]", written) else ", and a Hub id looks like owner/name"
+        if re.fullmatch(r"[\w.-]+:\d+", written):
+            hub = f"; the address of a reward server is http://{written}"
         yield at, f"there is no model folder {written}{not_found(written, [folder, Path()])}{hub}"
