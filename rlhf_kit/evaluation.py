@@ -162,7 +162,7 @@ def _answers(
     if last.reward in recipe.stages:
         scorer = add_reward_role(shared, "reward model", folder / last.reward / "adapter")
     else:
-        scorer = external_scorer(last.reward, shared.device)
+        scorer = external_scorer(last.reward, shared, text_format)
     gold = settings.gold and (settings.gold, load_function(settings.gold))
 
     pieces = Pieces("evaluation.batch_size", settings.batch_size, "prompts", accelerator)

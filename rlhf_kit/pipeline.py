@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, report, scorers
+from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, remote_reward, report, scorers
 from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
@@ -199,15 +199,26 @@ def _device_name(device: torch.device) -> str:
 
 
 def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
-    """Look for the trackers, and try the functions that score on a few prompts, before anything is trained for them.
+    """Look for the trackers, ask the reward servers who they are, and try the functions that score on a few prompts,
+    before anything is trained for them.
 
     Raises:
-        InputError: one is not installed, cannot be imported, or does not return one number for each completion.
+        InputError: one is not installed, cannot be imported, does not answer, or does not return one number for each
+            completion.
     """
     missing = [name for name in recipe.trackers if find_spec(name) is None]
     if missing:
         names = " ".join(missing)
         raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
+    unanswered = []
+    for name, settings in recipe.stages.items():
+        if isinstance(settings, PPOStage) and recipe.reward_source(name) == "server":
+            try:
+                remote_reward.identity(settings.reward)
+            except InputError as error:
+                unanswered += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in error.problems]
+    if unanswered:
+        raise InputError(unanswered)
     functions: dict[str, Cards | None] = {  # and a card with prompts
         settings.reward: settings.prompts
         for name, settings in recipe.stages.items()
@@ -283,9 +294,12 @@ class Pipeline:
         own = settings.model_dump(exclude={*NOT_OF_THE_RESULT, *CARD_FIELDS})
         cards: dict[str, Cards | None] = {field: getattr(settings, field, None) for field in CARD_FIELDS}
         own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
-        if isinstance(settings, PPOStage) and self.recipe.reward_source(name) == "model":
-            reward = Path(settings.reward)
-            own["reward"] = artifacts.content_hash_of_model_folder(reward) if reward.is_dir() else settings.reward
+        if isinstance(settings, PPOStage):
+            source, reward = self.recipe.reward_source(name), Path(settings.reward)
+            if source == "server":
+                own["reward"] = remote_reward.identity(settings.reward).manifest
+            elif source == "model" and reward.is_dir():
+                own["reward"] = artifacts.content_hash_of_model_folder(reward)
         base = models.base_identity(self.recipe.base)
         if base["sha256"] is not None:  # the content of a folder tells more than its name
             del base["name"], base["revision"]

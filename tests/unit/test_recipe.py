@@ -185,7 +185,12 @@ class TestPaths:
 
     def test_a_reward_server_is_named_by_its_address(self, workplace):
         """It stays as it is written; a folder or a stage of that name is not looked for."""
-        for address in ("http://127.0.0.1:8000", "http://localhost:8000/", "https://rm.example.org/small", "http://[::1]:1"):
+        for address in (
+            "http://127.0.0.1:8000",
+            "http://localhost:8000/",
+            "https://rm.example.org/small",
+            "http://[::1]:1",
+        ):
             recipe = load_recipe("recipe.yaml", [f"stages.ppo.reward={address}"])
             assert recipe.stages["ppo"].reward == address and recipe.reward_source("ppo") == "server"
             assert recipe.depends_on("ppo") == ["sft"]
