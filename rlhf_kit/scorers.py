@@ -200,10 +200,10 @@ class ServerScorer:
     def __init__(self, address: str, shared: SharedBase, text_format: TextFormat) -> None:
         self.server = RewardServer(address)
         self.device = shared.device
-        identity = self.server.identity
-        self.unit = identity.score_normalisation.mean, identity.score_normalisation.std
+        its = self.server.identity
+        self.unit = its.score_normalisation.mean, its.score_normalisation.std
         """Mean and standard deviation that the reward stage left."""
-        self.by_tokens = reads(shared.base, text_format) == {"base": identity.base, "tokenizer": identity.tokenizer}
+        self.by_tokens = reads(shared.base, text_format) == {"base": its.base, "tokenizer": its.tokenizer}
         how = "tokens" if self.by_tokens else "texts, for its base or tokenizer is another one"
         say(f"reward: {address}: is {its.stage} of {its.run} (manifest {its.manifest[:12]}), asked with {how}")
 
@@ -213,12 +213,12 @@ class ServerScorer:
             left = written.mask.long().argmax(1).tolist()
             tokens = [ids[real].tolist() for ids, real in zip(written.ids, written.mask, strict=True)]
             rows = [{"ids": ids, "left_padding": columns} for ids, columns in zip(tokens, left, strict=True)]
+            scores = self.server.scores(SCORE_TOKENS, rows)
         else:
             pairs = zip(written.prompts, written.texts, strict=True)
             rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
-        return torch.tensor(
-            self.server.scores(SCORE_TOKENS if self.by_tokens else SCORE_TEXTS, rows), device=self.device
-        )
+            scores = self.server.scores(SCORE_TEXTS, rows)
+        return torch.tensor(scores, device=self.device)
 
 
 def reads(base: recipe.Base, text_format: TextFormat) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -150,6 +151,12 @@ class Problem(BaseModel):
     detail: str
 
 
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    422: {"model": Problem, "description": "Rows that the reward model cannot read"},
+    503: {"model": Problem, "description": "Memory ran out"},
+}
+
+
 class Health(BaseModel):
     """That the server answers."""
 
@@ -166,7 +173,6 @@ def application(served: ServedReward) -> FastAPI:
         description=f"The reward model {identity.stage} of {identity.run}.",
         docs_url=None,  # these pages fetch scripts from elsewhere
         redoc_url=None,
-        responses={422: {"model": Problem}},
     )
 
     @app.get("/health")
@@ -179,20 +185,20 @@ def application(served: ServedReward) -> FastAPI:
         """Tell which reward model this is, and how it reads."""
         return identity
 
-    @app.post(SCORE_TOKENS, responses={503: {"model": Problem}})
+    @app.post(SCORE_TOKENS, responses=REFUSALS)
     def score_tokens(asked: TokenRows) -> Scores:
         """Score rows of tokens, as a PPO stage does."""
         served.refuse(asked.rows)
         return Scores(scores=batches.scores(asked.rows), manifest=identity.manifest)
 
-    @app.post(SCORE_TEXTS, responses={503: {"model": Problem}})
+    @app.post(SCORE_TEXTS, responses=REFUSALS)
     def score_texts(asked: TextRows) -> Scores:
         """Score texts, as `rlhf-kit score` does."""
         return score_tokens(TokenRows(rows=served.tokenised(asked)))
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()[:5]]
+        found = [f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}" for one in error.errors()[:5]]
         return JSONResponse({"detail": "; ".join(found)}, 422)
 
     @app.exception_handler(InputError)
