@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from rlhf_kit.recipe import Recipe, RewardStage, SFTStage
+from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage
 
 
 def model_card(
@@ -40,6 +40,12 @@ def model_card(
         )
     if hub_base is None:
         warnings.append("the base is a local folder, so nobody else can load the adapter; name it with base.hub_id")
+    settings = recipe.stages[stage]
+    if isinstance(settings, PPOStage) and recipe.reward_source(stage) == "server":
+        manifest = manifests[stage]["made_from"][f"stages.{stage}.reward"]
+        warnings.append(
+            f"the reward model that {stage} learnt from is not here: {settings.reward} served it (manifest {manifest[:12]})"
+        )
     metadata = ModelCardData(
         base_model=hub_base,
         library_name="peft",
