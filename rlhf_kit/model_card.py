@@ -42,10 +42,8 @@ def model_card(
         warnings.append("the base is a local folder, so nobody else can load the adapter; name it with base.hub_id")
     settings = recipe.stages[stage]
     if isinstance(settings, PPOStage) and recipe.reward_source(stage) == "server":
-        manifest = manifests[stage]["made_from"][f"stages.{stage}.reward"]
-        warnings.append(
-            f"the reward model that {stage} learnt from is not here: {settings.reward} served it (manifest {manifest[:12]})"
-        )
+        made_by = manifests[stage]["made_from"][f"stages.{stage}.reward"][:12]
+        warnings.append(f"the reward model of {stage} is not here: {settings.reward} served it (manifest {made_by})")
     metadata = ModelCardData(
         base_model=hub_base,
         library_name="peft",

@@ -94,6 +94,7 @@ def started_like(workplace: Path, folder: Path) -> Path:
     folder.mkdir()
     for name in ("sft", "reward"):
         shutil.copytree(workplace / "local" / name, folder / name)
+    shutil.copy(workplace / "local" / "recipe.resolved.yaml", folder)
     return folder
 
 
