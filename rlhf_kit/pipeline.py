@@ -210,14 +210,7 @@ def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
     if missing:
         names = " ".join(missing)
         raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
-    unanswered = []
-    for name, settings in recipe.stages.items():
-        if isinstance(settings, PPOStage) and recipe.reward_source(name) == "server":
-            try:
-                remote_reward.identity(settings.reward)
-            except InputError as error:
-                unanswered += [f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in error.problems]
-    if unanswered:
+    if unanswered := list(_unanswered(recipe)):
         raise InputError(unanswered)
     functions: dict[str, Cards | None] = {  # and a card with prompts
         settings.reward: settings.prompts
@@ -230,6 +223,17 @@ def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
         function = scorers.load_function(name)
         prompts = [row.prompt for row in prompts_of(examples[card]).train[: len(TRIED_ON)]] if card else []
         scorers.call_function(function, name, prompts, TRIED_ON[: len(prompts)])
+
+
+def _unanswered(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the reward servers, which tell the whole run who they are."""
+    remote_reward.identity.cache_clear()  # what an earlier run in this process was told
+    for name, settings in recipe.stages.items():
+        if isinstance(settings, PPOStage) and recipe.reward_source(name) == "server":
+            try:
+                remote_reward.identity(settings.reward)
+            except InputError as error:
+                yield from (f"{recipe.where(f'stages.{name}.reward')}: {problem}" for problem in error.problems)
 
 
 def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_format: TextFormat) -> None:

@@ -141,26 +141,34 @@ def test_such_a_run_is_published_with_the_address(remote, address):
     assert address in files["README.md"].decode()
 
 
-def test_another_reward_model_at_the_same_address_is_learnt_from_anew(workplace, address, tmp_path):
-    """A stage that is finished knows which one it learnt from; so do the scores of its completions."""
+def test_another_reward_model_at_the_same_address_is_learnt_from_anew(workplace, address, remote, tmp_path):
+    """A finished stage knows its reward model, wherever that is served, and gets no scores from another one."""
     hash_there = manifest_hash(workplace / "local" / "reward").encode()
-    out = started_like(workplace, tmp_path / "run")
+    out, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("What is red?\n")
+    shutil.copytree(remote, out)
+
+    def sampled(name: str) -> tuple[str, dict[str, Any]]:
+        written = tmp_path / name
+        result = chain.run(
+            "sample", str(out), "--prompts", str(prompts), "--max-new-tokens", "4", "--out", str(written)
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result.stderr, json.loads(written.read_text())
+
     with Relay(address) as relay:
-        assert learn(workplace, out, relay.url).returncode == 0
-        again = learn(workplace, out, relay.url)
-        assert again.returncode == 0 and "ppo: finished already" in again.stderr
+        resolved = out / "recipe.resolved.yaml"
+        resolved.write_text(resolved.read_text().replace(address, relay.url))
+        moved = learn(workplace, out, relay.url)
+        assert moved.returncode == 0 and "ppo: finished already" in moved.stderr
+        assert "score" in sampled("same.jsonl")[1]
         relay.instead = (hash_there, b"0" * 64)
-        (tmp_path / "prompts.txt").write_text("What is red?\n")
-        sample = ("sample", str(out), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4")
-        other = chain.run(*sample, "--out", str(tmp_path / "other.jsonl"))
-        assert other.returncode == 0 and "has another reward model" in other.stderr
-        assert "score" not in json.loads((tmp_path / "other.jsonl").read_text())
+        told, row = sampled("other.jsonl")
+        assert "has another reward model" in told and "score" not in row
         anew = learn(workplace, out, relay.url)
         assert anew.returncode == 0 and "ppo: runs again, because of stages.ppo.reward: " in anew.stderr
-        assert chain.run(*sample, "--out", str(tmp_path / "same.jsonl")).returncode == 0
-        assert "score" in json.loads((tmp_path / "same.jsonl").read_text())
-    gone = chain.run(*sample, "--out", str(tmp_path / "gone.jsonl"))
-    assert gone.returncode == 0 and "Until then there are no scores" in gone.stderr
+    told, row = sampled("gone.jsonl")
+    assert "no reward server answers" in told and "score" not in row
     refused = chain.run("score", str(out), str(tmp_path / "gone.jsonl"))
     assert refused.returncode == 2 and "no reward server answers" in refused.stderr
 
