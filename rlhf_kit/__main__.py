@@ -10,15 +10,16 @@ import logging
 import os
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlhf_kit.errors import Diverged, InputError, Interrupted, NotPushed, OutOfRoom, RequirementMissed
+from rlhf_kit.errors import Diverged, InputError, Interrupted, NotPushed, NotScored, OutOfRoom, RequirementMissed
 
 FAILED, INPUT_IS_WRONG, STOPPED = 1, 2, 75
-ENDS = (InputError, Interrupted, Diverged, NotPushed, OutOfRoom, RequirementMissed)
+ENDS = (InputError, Interrupted, Diverged, NotPushed, NotScored, OutOfRoom, RequirementMissed)
 LIBRARIES = "accelerate|bitsandbytes|datasets|huggingface_hub|peft|tokenizers|torch|transformers|trl"
 
 app = typer.Typer(
@@ -317,6 +318,31 @@ def evaluate(
     artifacts.write_json(run_dir / artifacts.EVAL, measured)
     report.write_report(run_dir)
     print_comparison(measured, run_dir, Console())
+
+
+@app.command()
+def serve_reward(
+    run_dir: RunDir,
+    stage: RewardName = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Whoever reaches it may ask.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
+    batch_size: BatchSize = 64,
+    base: MovedBase = None,
+) -> None:
+    """Serve a run's reward model over HTTP, for PPO elsewhere (`reward: http://...`), until Ctrl-C."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"serve-reward: not installed: {' '.join(missing)}; `pip install 'rlhf-kit[serve]'`.")
+    from rlhf_kit import serving
+    from rlhf_kit.finished import FinishedRun
+
+    listening = serving.bound(host, port)
+    served = serving.ServedReward(FinishedRun(run_dir, base), stage, batch_size)
+    app = serving.application(served)
+    listening.listen()  # who asks from here on is answered
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    print(f"{address} serves {served.stage} of {run_dir}; Ctrl-C ends it", flush=True)
+    serving.serve(app, listening)
 
 
 @app.command()

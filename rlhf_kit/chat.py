@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlhf_kit import artifacts
 from rlhf_kit.collate import left_pad
-from rlhf_kit.errors import InputError
+from rlhf_kit.errors import InputError, NotScored
 from rlhf_kit.examples import Prompt
 from rlhf_kit.finished import FinishedRun, RewardModel
 from rlhf_kit.generation import generate, uniforms
@@ -74,7 +74,7 @@ class Chat:
                 continue
             try:
                 self._answer(line)
-            except InputError as error:
+            except (InputError, NotScored) as error:
                 self.console.print(f"{error} /reset starts anew.", markup=False)
 
     def _obey(self, command: str, argument: str) -> None:

@@ -504,6 +504,8 @@ def _stage_lines(recipe: Recipe, name: str, stage: Stage, examples: Mapping[Card
             f"{stage.max_new_tokens} tokens; {stage.epochs} epochs x {stage.minibatches} minibatches of {minibatch:,} "
             f"= {stage.updates * stage.epochs * stage.minibatches:,} optimizer steps; kl_coef {stage.kl_coef:g}"
         )
+        if recipe.reward_source(name) == "server":
+            line += f"; scored by {stage.reward}, which check does not ask"
         if stage.prompts in examples:
             prompts = len(prompts_of(examples[stage.prompts]).train)
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"

@@ -10,6 +10,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "NotPushed",
+    "NotScored",
     "OutOfRoom",
     "RequirementMissed",
     "did_you_mean",
@@ -68,6 +69,10 @@ class OutOfRoom(Exception):
 
 class NotPushed(Exception):
     """The Hub could not be reached or did not take a push; the run is as it was. Ends with exit code 1."""
+
+
+class NotScored(Exception):
+    """The reward server could not be reached or gave no scores; what was done is kept. Ends with exit code 1."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -286,7 +286,7 @@ def _answers(
         if reward in recipe.stages:
             scorer: Scorer = add_reward_role(shared, "reward model", folder / reward / "adapter")
         else:
-            scorer = external_scorer(reward, shared.device)
+            scorer = external_scorer(reward, shared, text_format)
         scored = RewardModel(reward, scorer, unit["mean"], unit["std"])
     examination = Examination(
         shared=shared,

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from rlhf_kit import artifacts, models
 from rlhf_kit.collate import TextFormat, load_text_format
 from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.metrics import say
 from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.recipe import PolicyStage, Recipe, RewardStage, SamplingStage, TunedStage, written_recipe
-from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer
+from rlhf_kit.scorers import Scorer, ServerScorer, Written, add_reward_role, external_scorer
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class FinishedRun:
 
         Raises: InputError when there is none, or it is not finished.
         """
-        name = stage or self._scored_by()
+        name = stage or self.scored_by()
         if name is None:
             raise InputError(f"{self.folder}: has no reward stage, so nothing scores its completions.")
         manifest, settings = self.manifest(name), self.recipe.stages[name]
@@ -121,18 +122,32 @@ class FinishedRun:
         if isinstance(settings, RewardStage):
             scorer = add_reward_role(self.shared, f"reward model {name}", self.folder / name / "adapter")
         elif isinstance(settings, SamplingStage) and stage is None:
-            scorer = external_scorer(settings.reward, self.shared.device)
+            scorer = external_scorer(settings.reward, self.shared, self.text_format)
+            learnt_from = manifest["made_from"][f"stages.{name}.reward"]
+            if isinstance(scorer, ServerScorer) and (there := scorer.server.identity.manifest) != learnt_from:
+                raise InputError(
+                    f"{settings.reward}: has another reward model (manifest {there[:12]}) than {self.folder / name} "
+                    f"learnt from ({learnt_from[:12]}); serve that one there."
+                )
         else:
             raise InputError(f"{name}: is a stage of kind {manifest['kind']}; a stage of kind reward gives scores.")
         unit = manifest["score_normalisation"]
         return RewardModel(name, scorer, unit["mean"], unit["std"])
 
     def reward_if_any(self) -> RewardModel | None:
-        """Return `reward()`, or None where nothing that scores is finished."""
-        name = self._scored_by()
-        return self.reward() if name and artifacts.read_manifest(self.folder / name) is not None else None
+        """Return `reward()`, or None where nothing that scores is finished, or a server does not have it."""
+        name = self.scored_by()
+        if name is None or artifacts.read_manifest(self.folder / name) is None:
+            return None
+        try:
+            return self.reward()
+        except InputError as error:
+            if name in self.policies() and self.recipe.reward_source(name) == "server":
+                say(f"{error} Until then there are no scores.")
+                return None
+            raise
 
-    def _scored_by(self) -> str | None:
+    def scored_by(self) -> str | None:
         """Return the stage that has the scores' unit: of kind reward, or one that samples and whose reward is no
         stage.
         """

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from rlhf_kit.recipe import Recipe
+from rlhf_kit.recipe import Recipe, SamplingStage
 
 
 def model_card(
@@ -40,6 +40,10 @@ def model_card(
         )
     if hub_base is None:
         warnings.append("the base is a local folder, so nobody else can load the adapter; name it with base.hub_id")
+    settings = recipe.stages[stage]
+    if isinstance(settings, SamplingStage) and recipe.reward_source(stage) == "server":
+        made_by = manifests[stage]["made_from"][f"stages.{stage}.reward"][:12]
+        warnings.append(f"the reward model of {stage} is not here: {settings.reward} served it (manifest {made_by})")
     metadata = ModelCardData(
         base_model=hub_base,
         library_name="peft",

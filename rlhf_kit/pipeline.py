@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import artifacts, check, distributed, evaluation, health, metrics, models, report, scorers
+from rlhf_kit import artifacts, check, distributed, evaluation, health, metrics, models, remote_reward, report, scorers
 from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
@@ -212,15 +212,19 @@ def _device_name(device: torch.device) -> str:
 
 
 def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
-    """Look for the trackers, and try the functions that score on a few prompts, before anything is trained for them.
+    """Look for the trackers, ask the reward servers who they are, and try the functions that score on a few prompts,
+    before anything is trained for them.
 
     Raises:
-        InputError: one is not installed, cannot be imported, or does not return one number for each completion.
+        InputError: one is not installed, cannot be imported, does not answer, or does not return one number for each
+            completion.
     """
     missing = [name for name in recipe.trackers if find_spec(name) is None]
     if missing:
         names = " ".join(missing)
         raise InputError(f"{recipe.where('trackers')}: not installed: {names}; `pip install {names}`, or take it out.")
+    if unanswered := list(_unanswered(recipe)):
+        raise InputError(unanswered)
     functions: dict[str, Cards | None] = {  # and a card with prompts
         scorer: settings.prompts
         for name, settings in recipe.stages.items()
@@ -234,6 +238,18 @@ def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
         function = scorers.load_function(name)
         prompts = [row.prompt for row in prompts_of(examples[card]).train[: len(TRIED_ON)]] if card else []
         scorers.call_function(function, name, prompts, TRIED_ON[: len(prompts)])
+
+
+def _unanswered(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the reward servers, which tell the whole run who they are."""
+    remote_reward.identity.cache_clear()  # what an earlier run in this process was told
+    for name, settings in recipe.stages.items():
+        for at, scorer in check.scorers_of(name, settings).items():
+            if recipe.scorer_source(scorer) == "server":
+                try:
+                    remote_reward.identity(scorer)
+                except InputError as error:
+                    yield from (f"{recipe.where(at)}: {problem}" for problem in error.problems)
 
 
 def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_format: TextFormat) -> None:
@@ -305,8 +321,11 @@ class Pipeline:
         own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
         own = artifacts.flat(own)
         for at, scorer in check.scorers_of(name, settings).items():
-            if self.recipe.scorer_source(scorer) == "model" and Path(scorer).is_dir():
-                own[at.removeprefix(f"stages.{name}.")] = artifacts.content_hash_of_model_folder(Path(scorer))
+            source, key = self.recipe.scorer_source(scorer), at.removeprefix(f"stages.{name}.")
+            if source == "server":
+                own[key] = remote_reward.identity(scorer).manifest
+            elif source == "model" and Path(scorer).is_dir():
+                own[key] = artifacts.content_hash_of_model_folder(Path(scorer))
         if isinstance(settings, PPOStage) and settings.ptx is not None:
             own["ptx.data"] = self.examples[settings.ptx.data].content_hash
         base = models.base_identity(self.recipe.base)

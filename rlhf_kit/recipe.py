@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError
 
@@ -316,7 +317,8 @@ class SamplingStage(TunedStage):
     """What every stage has whose completions are sampled and scored."""
 
     reward: Text
-    """An earlier reward stage; or a folder or Hub id of a sequence classification model; or package.module:function."""
+    """An earlier reward stage; a folder or Hub id of a sequence classification model; package.module:function; or the
+    address of a reward server (`rlhf-kit serve-reward`), such as http://127.0.0.1:8000."""
     prompts: Cards
     """A data card of kind prompts, or several; of demonstrations, preferences and rankings the prompts are used."""
     max_new_tokens: Count = 64
@@ -551,16 +553,18 @@ class Recipe(Settings):
         """Return "file:line: a.b" of a setting, to begin a message with."""
         return f"{self._origin.marked.place(tuple(dotted.split('.')))}: {dotted}"
 
-    def reward_source(self, stage: str) -> Literal["stage", "function", "model"]:
+    def reward_source(self, stage: str) -> Literal["stage", "function", "server", "model"]:
         """Return what the `reward` of a stage that samples names."""
         settings = self.stages[stage]
         assert isinstance(settings, SamplingStage)
         return self.scorer_source(settings.reward)
 
-    def scorer_source(self, scorer: str) -> Literal["stage", "function", "model"]:
+    def scorer_source(self, scorer: str) -> Literal["stage", "function", "server", "model"]:
         """Return what the name of a scorer names."""
         if scorer in self.stages:
             return "stage"
+        if is_address(scorer):
+            return "server"
         return "function" if FUNCTION.fullmatch(scorer) else "model"
 
     def tuned(self) -> dict[str, TunedStage]:
@@ -746,7 +750,7 @@ NEEDED: Mapping[str, str] = {
     "data": "the data card to learn from",
     "card": "a data card, such as data_cards/mine.md",
     "policy": "the earlier stage to start from, such as the sft stage",
-    "reward": "an earlier reward stage, a model, or package.module:function",
+    "reward": "an earlier reward stage, a model, package.module:function, or the address of a reward server",
     "prompts": "the data card with the prompts",
     "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2 (dpo: the paper's beta)",
     "repo": "owner/name on the Hub",
@@ -906,6 +910,9 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
             if target == name:
                 yield at, "a stage cannot build on itself"
             elif target not in stages:
+                if key in SCORERS and is_address(target):
+                    yield from ((at, problem) for problem in _address_problems(target))
+                    continue
                 if key in SCORERS and (FUNCTION.fullmatch(target) or _names_a_model(target, folder)):
                     continue
                 yield at, f"there is no stage {target}{did_you_mean(target, [n for n in stages if n != name])}"
@@ -915,6 +922,28 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
                 found = stages[target].get("kind") if isinstance(stages[target], dict) else None
                 if isinstance(found, str) and found in STAGE_KINDS and found not in kinds:
                     yield at, f"must name a stage of kind {either(kinds)}; {target} is of kind {found}"
+
+
+def is_address(reward: str) -> bool:
+    """Return whether a `reward` is the address of a server, well written or not."""
+    return "://" in reward
+
+
+def _address_problems(written: str) -> Iterator[str]:
+    """Yield what is wrong with the address of a reward server; what may be a secret is not repeated."""
+    if "@" in written:
+        yield "has a user or a password in it, and recipes are published; a reward server asks for none"
+        return
+    try:
+        address = urlsplit(written)
+        plain = address.scheme in ("http", "https") and address.hostname and not address.query + address.fragment
+        wrong = "" if plain else "http:// or https://, a host, and :port"
+        _ = address.port
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        seen = written.partition("?")[0][:80]
+        yield f"is no address of a reward server ({wrong}), such as http://127.0.0.1:8000; seen {seen}"
 
 
 # ---------------------------------------------------------------- paths
@@ -961,7 +990,7 @@ def _unpinned_code(base: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _names_a_model(reward: Any, folder: Path) -> bool:
-    if not isinstance(reward, str) or FUNCTION.fullmatch(reward):
+    if not isinstance(reward, str) or FUNCTION.fullmatch(reward) or is_address(reward):
         return False
     return re.search("[/:]", reward) is not None or any((place / reward).is_dir() for place in (folder, Path()))
 
@@ -990,4 +1019,6 @@ def _model(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: 
         yield at, f"{written} is a file; name the checkpoint's folder"
     elif look and not HUB_ID.fullmatch(written):
         hub = "" if re.match(r"[./~]", written) else ", and a Hub id looks like owner/name"
+        if re.fullmatch(r"[\w.-]+:\d+", written):
+            hub = f"; the address of a reward server is http://{written}"
         yield at, f"there is no model folder {written}{not_found(written, [folder, Path()])}{hub}"

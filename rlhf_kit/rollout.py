@@ -8,6 +8,7 @@ logits at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from rlhf_kit.models import SharedBase
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.scorers import Written
 
+T = TypeVar("T")
+
 LOGITS = {"cpu": 3 * 2**19}
 """How many float32 logits are held at a time: 6 MiB, which caches hold, on a CPU, and `MOST_LOGITS` elsewhere."""
 MOST_LOGITS = 2**25
@@ -29,7 +32,7 @@ ValueFunction = Callable[[Rollout, Tensor], Tensor]
 """(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""
 
 
-def microbatches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+def microbatches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
     """Yield `rows` in pieces of at most `size`."""
     for start in range(0, len(rows), size):
         yield list(rows[start : start + size])

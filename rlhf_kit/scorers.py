@@ -1,4 +1,4 @@
-"""What gives completions their scores: a reward stage's adapter, another classifier, or a Python function."""
+"""What gives completions their scores: a reward stage's adapter, another classifier, a Python function, or a server."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_kit import artifacts
+from rlhf_kit import artifacts, recipe
 from rlhf_kit.chat_templates import try_template
-from rlhf_kit.collate import encode_chat, hide_special_tokens, special_tokens_pattern
+from rlhf_kit.collate import TextFormat, encode_chat, hide_special_tokens, special_tokens_pattern
 from rlhf_kit.errors import InputError, did_you_mean, first_line
 from rlhf_kit.examples import Prompt
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
+from rlhf_kit.metrics import say
 from rlhf_kit.model_folders import opened
-from rlhf_kit.models import SharedBase, new_head
-from rlhf_kit.recipe import FUNCTION
+from rlhf_kit.models import SharedBase, base_identity, new_head
+from rlhf_kit.remote_reward import SCORE_TEXTS, SCORE_TOKENS, RewardServer
 
 
 @dataclass(frozen=True)
@@ -192,12 +193,55 @@ class FunctionScorer:
         return torch.tensor(numbers, device=self.device)
 
 
-def external_scorer(name: str, device: torch.device, setting: str = "reward") -> Scorer:
-    """Return the scorer of a `reward:` that is no stage: a function if it is written as one, else a classifier.
+class ServerScorer:
+    """The reward model of a reward server, which each process asks for the scores of its own completions.
+
+    A server with this run's base and tokenizer gets the policy's own tokens, laid out as they were sampled, so that its
+    scores are those that a stage of this run would give. Another one gets texts, to which it adds the end token.
+    """
+
+    def __init__(self, address: str, shared: SharedBase, text_format: TextFormat) -> None:
+        self.server = RewardServer(address)
+        self.device = shared.device
+        its = self.server.identity
+        self.unit = its.score_normalisation.mean, its.score_normalisation.std
+        """Mean and standard deviation that the reward stage left."""
+        self.by_tokens = reads(shared.base, text_format) == {"base": its.base, "tokenizer": its.tokenizer}
+        how = "tokens" if self.by_tokens else "texts, for its base or tokenizer is another one"
+        say(f"reward: {address}: is {its.stage} of {its.run} (manifest {its.manifest[:12]}), asked with {how}")
+
+    def __call__(self, written: Written) -> Tensor:
+        rows: list[dict[str, Any]]
+        if self.by_tokens:
+            left = written.mask.long().argmax(1).tolist()
+            tokens = [ids[real].tolist() for ids, real in zip(written.ids, written.mask, strict=True)]
+            rows = [{"ids": ids, "left_padding": columns} for ids, columns in zip(tokens, left, strict=True)]
+            scores = self.server.scores(SCORE_TOKENS, rows)
+        else:
+            pairs = zip(written.prompts, written.texts, strict=True)
+            rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+            scores = self.server.scores(SCORE_TEXTS, rows)
+        return torch.tensor(scores, device=self.device)
+
+
+def reads(base: recipe.Base, text_format: TextFormat) -> dict[str, Any]:
+    """Return the "base" and "tokenizer" that two must both have for one to read the other's tokens."""
+    identity = base_identity(base)
+    named = ("name", "revision") if identity["sha256"] is None else ("sha256",)  # content tells more than a name
+    tokenizer = {key: value for key, value in text_format.identity().items() if key != "notes"}
+    return {"base": {key: identity[key] for key in named}, "tokenizer": tokenizer}
+
+
+def external_scorer(name: str, shared: SharedBase, text_format: TextFormat, setting: str = "reward") -> Scorer:
+    """Return the scorer of a `reward:` that is no stage: a server, a function or a classifier, as it is written.
 
     setting: what named it, for messages.
     """
-    return FunctionScorer(name, device) if FUNCTION.fullmatch(name) else ClassifierScorer(name, device, setting)
+    if recipe.is_address(name):
+        return ServerScorer(name, shared, text_format)
+    if recipe.FUNCTION.fullmatch(name):
+        return FunctionScorer(name, shared.device)
+    return ClassifierScorer(name, shared.device, setting)
 
 
 def load_function(name: str) -> Callable[..., Any]:

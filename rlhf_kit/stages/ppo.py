@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rlhf_kit import artifacts, checkpoints, distributed, kl_doctor, token_cache
 from rlhf_kit.batches import Rollout, Targets
 from rlhf_kit.collate import tokenise_demonstrations, tokenise_prompts
-from rlhf_kit.errors import Diverged, InputError, Interrupted
+from rlhf_kit.errors import Diverged, InputError, Interrupted, NotScored
 from rlhf_kit.examples import prompts_of
 from rlhf_kit.generation import derived_seed, seed_generators, uniforms
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
@@ -44,7 +44,16 @@ from rlhf_kit.rollout import (
     sampled,
     scored_by_models,
 )
-from rlhf_kit.scorers import AdapterScorer, Scorer, Written, add_reward_role, external_scorer, score_unit, value_head
+from rlhf_kit.scorers import (
+    AdapterScorer,
+    Scorer,
+    ServerScorer,
+    Written,
+    add_reward_role,
+    external_scorer,
+    score_unit,
+    value_head,
+)
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.watch import Watch
 
@@ -71,6 +80,9 @@ def run(job: Job) -> Outcome:
         seed_generators(*trainer.seed, update, job.accelerator.process_index)
         try:
             rollout, written = trainer.roll_out(update)
+        except NotScored:
+            trainer.checkpoint(update)  # nothing is learnt yet
+            raise
         except Diverged as error:
             skipped = trainer.skip(error)
             trainer.metrics |= skipped
@@ -191,7 +203,9 @@ class PPO:
                 unit = job.inputs[settings.reward]["score_normalisation"]
                 self.mean, self.std = unit["mean"], unit["std"]
         else:
-            self.scorer = external_scorer(settings.reward, shared.device)
+            self.scorer = external_scorer(settings.reward, shared, self.format)
+            if isinstance(self.scorer, ServerScorer) and settings.normalize_score:
+                self.mean, self.std = self.scorer.unit
 
         trained_reward = isinstance(reward_stage, RewardStage)
         if settings.value == "adapter":
@@ -245,7 +259,9 @@ class PPO:
             scorer = add_reward_role(self.shared, GOLD, job.input_folder(gold) / "adapter")
             unit = job.inputs[gold]["score_normalisation"]
         elif gold is not None:
-            scorer = external_scorer(gold, self.shared.device, f"stages.{job.name}.watch.gold")
+            scorer = external_scorer(gold, self.shared, self.format, f"stages.{job.name}.watch.gold")
+            if isinstance(scorer, ServerScorer):
+                unit = dict(zip(("mean", "std"), scorer.unit, strict=True))
         return Watch(
             self.shared,
             [picked[row].prompt for row in tokenised.kept],
@@ -346,7 +362,8 @@ class PPO:
         if self.accelerator.is_main_process:
             artifacts.truncate_jsonl(self.samples, found.step if found else 0)
         if found is None:
-            if self.settings.normalize_score and self.job.recipe.reward_source(self.job.name) != "stage":
+            brings_no_unit = self.job.recipe.reward_source(self.job.name) in ("function", "model")
+            if self.settings.normalize_score and brings_no_unit:
                 self.mean, self.std = self._unit_of_reference()
             self.watch = self._make_watch()
             return 0
@@ -461,7 +478,23 @@ class PPO:
         return sampled(self.shared, role, texts, ids, uniform, self.format, self.settings.temperature, self.at_once)
 
     def _raw_scores(self, written: Written) -> Tensor:
-        return self.pieces.whole(lambda size: self._scored_in_pieces(written, size))
+        """Return the scores of this process's completions.
+
+        Raises: NotScored, in every process, where the reward server of one gives none.
+        """
+        lost: list[NotScored] = []
+
+        def scored(size: int) -> Tensor:
+            try:
+                return self._scored_in_pieces(written, size)
+            except NotScored as error:
+                lost.append(error)
+                return torch.zeros(0)
+
+        scores = self.pieces.whole(scored)
+        if distributed.agree(bool(lost), self.accelerator):
+            raise lost[0] if lost else NotScored(f"reward: {self.settings.reward}: gave another process no scores.")
+        return scores
 
     def _scored_in_pieces(self, written: Written, size: int) -> Tensor:
         scores = torch.zeros(len(written.texts), device=self.shared.device)

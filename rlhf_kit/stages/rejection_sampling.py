@@ -34,7 +34,7 @@ from rlhf_kit.models import SharedBase, add_adapter, context_length, load_base, 
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RejectionSamplingStage, RewardStage
 from rlhf_kit.rollout import microbatches, unscored
-from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer, score_unit
+from rlhf_kit.scorers import Scorer, ServerScorer, Written, add_reward_role, external_scorer, score_unit
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.supervised import attach_trainer
 from rlhf_kit.training import Training, without_dropout
@@ -252,7 +252,7 @@ class Sampling:
         if isinstance(job.recipe.stages.get(settings.reward), RewardStage):
             self.scorer = add_reward_role(self.shared, REWARD, job.input_folder(settings.reward) / "adapter")
         else:
-            self.scorer = external_scorer(settings.reward, self.shared.device)
+            self.scorer = external_scorer(settings.reward, self.shared, self.format)
 
     def _measure_unit(self) -> None:
         """Find mean and standard deviation of the score: those that the reward stage left, else of the first prompts'
@@ -263,6 +263,9 @@ class Sampling:
         if self.settings.reward in self.job.inputs:
             unit = self.job.inputs[self.settings.reward]["score_normalisation"]
             self.unit = unit["mean"], unit["std"]
+            return
+        if isinstance(self.scorer, ServerScorer):
+            self.unit = self.scorer.unit
             return
         prompts = range(min(len(self.prompts), math.ceil(UNIT_COMPLETIONS / self.settings.completions_per_prompt)))
         raw = [score for _, scores in self._answered(prompts, penalised=False) for score in scores]

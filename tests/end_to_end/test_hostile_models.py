@@ -20,7 +20,7 @@ from rlhf_kit import models
 from rlhf_kit.errors import InputError
 from rlhf_kit.model_folders import ModelFolder, check_adapter, opened
 from rlhf_kit.recipe import load_recipe
-from rlhf_kit.scorers import external_scorer
+from rlhf_kit.scorers import ClassifierScorer
 from tests import tiny
 from tests.end_to_end.chain import ROOT, write_chain
 from tests.end_to_end.test_bad_input import Fault, call, everything_in, workplace  # noqa: F401  (a fixture)
@@ -382,7 +382,7 @@ def test_a_checkpoint_names_no_scorer(with_code):
     config = json.loads((model / "config.json").read_text()) | {"model_type": "llama"}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="has no weights for score"):
-        external_scorer(str(model), torch.device("cpu"))
+        ClassifierScorer(str(model), torch.device("cpu"))
     assert not mark.exists()
 
 

@@ -183,6 +183,37 @@ class TestPaths:
         assert load_recipe("recipe.yaml", ["stages.ppo.reward=a/b"]).reward_source("ppo") == "model"
         assert problems("stages.ppo.reward=reword")[0].endswith("there is no stage reword; did you mean reward?")
 
+    def test_a_reward_server_is_named_by_its_address(self, workplace):
+        """It stays as it is written; a folder or a stage of that name is not looked for."""
+        for address in (
+            "http://127.0.0.1:8000",
+            "http://localhost:8000/",
+            "https://rm.example.org/small",
+            "http://[::1]:1",
+        ):
+            recipe = load_recipe("recipe.yaml", [f"stages.ppo.reward={address}"])
+            assert recipe.stages["ppo"].reward == address and recipe.reward_source("ppo") == "server"
+            assert recipe.depends_on("ppo") == ["sft"]
+
+    @pytest.mark.parametrize(
+        ("address", "told"),
+        [
+            ("https://me:hunter2@rm.example.org", "has a user or a password in it"),
+            ("http://me:hunter2/@rm.example.org", "has a user or a password in it"),
+            ("https://rm.example.org/?key=hunter2", "is no address of a reward server"),
+            ("ftp://127.0.0.1:8000", "http:// or https://, a host, and :port"),
+            ("http://:8000", "http:// or https://, a host, and :port"),
+            ("http://127.0.0.1:80000", "Port out of range"),
+            ("http://127.0.0.1:http", "Port could not be cast"),
+            ("127.0.0.1:8000", "the address of a reward server is http://127.0.0.1:8000"),
+        ],
+    )
+    def test_what_is_no_address_of_a_reward_server(self, workplace, address, told):
+        """One message, which repeats no secret."""
+        (message,) = problems(f"stages.ppo.reward='{address}'")
+        assert "stages.ppo.reward: " in message and told in message
+        assert "hunter2" not in message.partition("stages.ppo.reward: ")[2]
+
     def test_remote_code_needs_a_commit(self, workplace):
         """Code from the Hub runs only at a commit that cannot change; a local folder needs none."""
         assert load_recipe("recipe.yaml", ["base.trust_remote_code=true"]).base.trust_remote_code

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -18,6 +21,7 @@ from rlhf_kit.scorers import (
 from tests import tiny
 
 CPU = torch.device("cpu")
+NOTHING: Any = None  # of the run
 CHAT = [{"role": "user", "content": "Where is my hat?"}]
 
 
@@ -42,6 +46,11 @@ def one_number(prompts, completions):
 
 
 not_a_function = 3
+
+
+def opened(name):
+    """Return the scorer of a classifier or function, which looks at nothing of the run but the device."""
+    return external_scorer(name, SimpleNamespace(device=CPU), NOTHING)
 
 
 def written(prompts, texts) -> Written:
@@ -74,7 +83,7 @@ def make_classifier(folder, *, labels=1, chat_template=tiny.CHATML):
 def test_a_classifier_reads_the_dialogue_in_its_own_template(tmp_path):
     """Prompt and completion are rendered with the scorer's template and tokenizer, text prompts as one user turn."""
     model, tokenizer = make_classifier(tmp_path)
-    scores = external_scorer(str(tmp_path), CPU)(written([CHAT, "Where is my hat?"], ["Here.", "Here."]))
+    scores = opened(str(tmp_path))(written([CHAT, "Where is my hat?"], ["Here.", "Here."]))
     text = "<|im_start|>user\nWhere is my hat?<|im_end|>\n<|im_start|>assistant\nHere.<|im_end|>\n"
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -129,12 +138,12 @@ def test_a_dialogue_too_long_for_the_classifier_is_refused(tmp_path):
 def test_a_path_with_a_colon_is_no_function(tmp_path):
     """Only package.module:function is imported; everything else is a model that may not be there."""
     with pytest.raises(InputError, match="cannot get"):
-        external_scorer("./tests/unit:test_scorers", CPU)
+        opened("./tests/unit:test_scorers")
 
 
 def test_a_function_scores_text():
     """`package.module:function` gets prompts and completions and returns numbers."""
-    scorer = external_scorer("tests.unit.test_scorers:lengths", CPU)
+    scorer = opened("tests.unit.test_scorers:lengths")
     assert scorer(written(["a", "b"], ["four", "seven.."])).tolist() == [4.0, 7.0]
 
 
