@@ -29,6 +29,8 @@ HEADLINE = (
     "rollout/length",
     "ppo/policy_loss",
     "ppo/value_loss",
+    "rloo/policy_loss",
+    "grpo/policy_loss",
     "value/explained_variance",
     "sft/loss",
     "reward/loss",
