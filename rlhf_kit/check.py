@@ -38,7 +38,6 @@ from rlhf_kit.recipe import (
     Cards,
     DPOStage,
     OnlineStage,
-    PPOStage,
     Recipe,
     RejectionSamplingStage,
     RewardStage,
@@ -141,7 +140,7 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
             fields["data"] = stage.data, ("preferences", "rankings")
         else:
             fields["prompts"] = stage.prompts, WITH_PROMPTS
-            ptx = stage.ptx if isinstance(stage, PPOStage) else None
+            ptx = stage.ptx if isinstance(stage, OnlineStage) else None
             fields["ptx.data"] = ptx.data if ptx else None, ("text", "demonstrations")
         for key, (written, kinds) in fields.items():
             for path in [] if written is None else cards_of(written):
@@ -155,7 +154,7 @@ def scorers_of(name: str, stage: Stage) -> dict[str, str]:
     """Return what scores the completions of a stage: {"stages.ppo.reward": what it names}; empty if it samples none."""
     if not isinstance(stage, SamplingStage):
         return {}
-    watch = stage.watch if isinstance(stage, PPOStage) else None
+    watch = stage.watch if isinstance(stage, OnlineStage) else None
     gold = {} if watch is None or watch.gold is None else {f"stages.{name}.watch.gold": watch.gold}
     return {f"stages.{name}.reward": stage.reward, **gold}
 
@@ -216,7 +215,7 @@ def _heldout_problems(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Ite
                 f"{recipe.where(f'stages.{name}.data')}: {named(stage.data)} holds no pairs out to measure the "
                 "accuracy on; write heldout: 0.1 in the card"
             )
-        if isinstance(stage, PPOStage) and stage.watch is not None and stage.prompts in examples:
+        if isinstance(stage, OnlineStage) and stage.watch is not None and stage.prompts in examples:
             heldout = len(prompts_of(examples[stage.prompts]).heldout)
             if heldout < LEAST_WATCHED:
                 yield (
@@ -510,14 +509,14 @@ def _stage_lines(recipe: Recipe, name: str, stage: Stage, examples: Mapping[Card
             prompts = len(prompts_of(examples[stage.prompts]).train)
             line += f"; {prompts:,} prompts, each seen {completions / prompts:.3g} times"
         lines = [line]
-        if isinstance(stage, PPOStage) and stage.watch is not None:
+        if isinstance(stage, OnlineStage) and stage.watch is not None:
             gold = f", gold {stage.watch.gold}" if stage.watch.gold else ""
             then = f"; guard: {stage.guard.action}" if stage.guard else ""
             lines.append(
                 f"         watched every {stage.watch.every:,} updates on {stage.watch.count:,} held-out prompts at "
                 f"most{gold}{then}"
             )
-        if isinstance(stage, PPOStage) and stage.ptx is not None:
+        if isinstance(stage, OnlineStage) and stage.ptx is not None:
             steps = stage.updates * stage.epochs * stage.minibatches
             lines.append(
                 f"         ptx: {steps * stage.ptx.batch_size:,} texts of {stage.ptx.data}, coef {stage.ptx.coef:g}"

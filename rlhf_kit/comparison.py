@@ -34,7 +34,7 @@ from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.metrics import progress
 from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.recipe import Cards, PPOStage, SFTStage
+from rlhf_kit.recipe import Cards, DPOStage, OnlineStage, PPOStage, RewardStage, SFTStage
 from rlhf_kit.rollout import logits_held
 from rlhf_kit.sampling import fitting_ids, usual_settings
 
@@ -299,7 +299,7 @@ class Comparison:
 
     def _text_of_run(self) -> Cards | None:
         stages = self.run.recipe.stages.values()
-        ptx = [stage.ptx.data for stage in stages if isinstance(stage, PPOStage) and stage.ptx is not None]
+        ptx = [stage.ptx.data for stage in stages if isinstance(stage, OnlineStage) and stage.ptx is not None]
         shown = [stage.data for stage in stages if isinstance(stage, SFTStage)]
         return next(chain(ptx, shown), None)
 
@@ -312,27 +312,31 @@ class Comparison:
             manifest = artifacts.read_manifest(self.run.folder / name)
             if manifest is None:
                 continue
-            tokens = manifest["cost"]["tokens"]
-            flops = None if tokens is None else parameters * tokens * passes_per_token(stage, manifest, asked)
+            tokens, each = manifest["cost"]["tokens"], operations_per_token(stage, manifest, asked)
+            flops = parameters * tokens * each if tokens and each else None
             costs[name] = {**manifest["cost"], "flops": flops, "6PD": tokens and 6 * parameters * tokens}
         return costs
 
 
-def passes_per_token(stage: Any, manifest: Mapping[str, Any], prompt_tokens: float) -> float:
+def operations_per_token(stage: Any, manifest: Mapping[str, Any], prompt_tokens: float) -> float | None:
     """Return about how many operations a stage does for each base parameter and each token that its manifest counts.
 
     A forward pass takes 2; the backward pass through frozen weights 2 more, for nothing is summed up for the weights.
-    A PPO stage counts completion tokens and reads prompts too; per completion it samples (2), reads policy, reference,
-    value and reward (2 each), and learns (4 an epoch, and 4 for a value adapter's).
+    A stage that learns online counts completion tokens and reads prompts too; per completion it samples (2), reads
+    policy, reference and reward, and value (2 each), and learns (4 an epoch, and 4 for a value adapter's). None where
+    that cannot be said.
     """
-    if not isinstance(stage, PPOStage):
+    if isinstance(stage, SFTStage | RewardStage):
         return 4.0
+    if isinstance(stage, DPOStage):
+        return 6.0  # the reference reads too
+    if not isinstance(stage, OnlineStage):
+        return None
     length = max(1.0, manifest["metrics"].get("rollout/length") or 1.0)
-    whole = (prompt_tokens + length) / length
-    value_epochs = stage.value_epochs or (1 if stage.value == "adapter" else stage.epochs)
-    reads = 1 + 3 + (stage.value == "adapter")
-    learns = stage.epochs + (value_epochs if stage.value == "adapter" else 0)
-    return whole * (2 * reads + 4 * learns)
+    own_value = isinstance(stage, PPOStage) and stage.value == "adapter"
+    value_epochs = (stage.value_epochs or 1) if isinstance(stage, PPOStage) and own_value else 0
+    epochs = stage.epochs if isinstance(stage, PPOStage) else 1
+    return (prompt_tokens + length) / length * (2 * (4 + own_value) + 4 * (epochs + value_epochs))
 
 
 def base_parameters(shared: SharedBase) -> Iterator[int]:

@@ -31,6 +31,8 @@ HEADLINE = (
     "heldout/gold",
     "ppo/policy_loss",
     "ppo/value_loss",
+    "rloo/policy_loss",
+    "grpo/policy_loss",
     "value/explained_variance",
     "sft/loss",
     "reward/loss",

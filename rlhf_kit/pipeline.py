@@ -45,7 +45,7 @@ from rlhf_kit.metrics import say
 from rlhf_kit.recipe import (
     Cards,
     DPOStage,
-    PPOStage,
+    OnlineStage,
     Publish,
     Recipe,
     RejectionSamplingStage,
@@ -269,9 +269,9 @@ def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_forma
         if isinstance(settings, SamplingStage):
             room = None if context is None else context - settings.max_new_tokens
             prompts = prompts_of(examples[settings.prompts])
-            watched = prompts.heldout if isinstance(settings, PPOStage) and settings.watch else []
+            watched = prompts.heldout if isinstance(settings, OnlineStage) and settings.watch else []
             todo.append((place, tokenise_prompts, [*prompts.train, *watched], room))
-            if isinstance(settings, PPOStage) and settings.ptx is not None:
+            if isinstance(settings, OnlineStage) and settings.ptx is not None:
                 texts = examples[settings.ptx.data].train
                 todo.append((f"{place}.ptx", tokenise_demonstrations, texts, context))
         else:
@@ -326,7 +326,7 @@ class Pipeline:
                 own[key] = remote_reward.identity(scorer).manifest
             elif source == "model" and Path(scorer).is_dir():
                 own[key] = artifacts.content_hash_of_model_folder(Path(scorer))
-        if isinstance(settings, PPOStage) and settings.ptx is not None:
+        if isinstance(settings, OnlineStage) and settings.ptx is not None:
             own["ptx.data"] = self.examples[settings.ptx.data].content_hash
         base = models.base_identity(self.recipe.base)
         if base["sha256"] is not None:  # the content of a folder tells more than its name

@@ -364,6 +364,12 @@ class OnlineStage(SamplingStage):
     """Scores are held within plus and minus this."""
     samples_every: Count = 10
     """Updates."""
+    watch: Watch | None = None
+    """Answers to held-out prompts, measured on the way; null: none."""
+    guard: Guard | None = None
+    """What becomes of a run that over-optimises; needs `watch`. null: it goes on."""
+    ptx: PTX | None = None
+    """Texts that the policy keeps learning as a language model; null: none."""
 
 
 class PPOStage(OnlineStage):
@@ -398,12 +404,6 @@ class PPOStage(OnlineStage):
     """Divide the scores of each update by their standard deviation; their mean stays."""
     whiten_advantages: bool = True
     """Bring the advantages of each update to mean 0 and variance 1."""
-    watch: Watch | None = None
-    """Answers to held-out prompts, measured on the way; null: none."""
-    guard: Guard | None = None
-    """What becomes of a run that over-optimises; needs `watch`. null: it goes on."""
-    ptx: PTX | None = None
-    """Texts that the policy keeps learning as a language model; null: none."""
 
 
 class RLOOStage(OnlineStage):
@@ -732,13 +732,13 @@ FROM_ELSEWHERE: Mapping[str, str] = {
 """What other toolkits call our settings."""
 
 NESTED: Mapping[str, type[BaseModel]] = {"watch": Watch, "guard": Guard, "ptx": PTX}
-"""Mappings within a ppo stage."""
+"""Mappings within a stage that learns online: ppo, rloo, grpo."""
 HOMES: Mapping[str, type[BaseModel]] = {
     **SECTIONS,
     **{f"stages.<{kind} stage>": settings for kind, settings in STAGE_KINDS.items()},
     "stages.<stage>.checkpoint_every": CheckpointEvery,
     "stages.<reward stage>.require": Require,
-    **{f"stages.<ppo stage>.{key}": settings for key, settings in NESTED.items()},
+    **{f"stages.<online stage>.{key}": settings for key, settings in NESTED.items()},
 }
 
 NEEDED: Mapping[str, str] = {
@@ -879,7 +879,11 @@ MAY_NAME: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sft": {"init": ("sft",)},
     "reward": {"init": ("sft",)},
     **{kind: {"policy": POLICY_KINDS, "reward": ("reward",)} for kind in POLICY_KINDS if kind not in ("sft", "dpo")},
-    "ppo": {"policy": POLICY_KINDS, "reward": ("reward",), "watch.gold": ("reward",)},
+    **{
+        kind: {"policy": POLICY_KINDS, "reward": ("reward",), "watch.gold": ("reward",)}
+        for kind, settings in STAGE_KINDS.items()
+        if issubclass(settings, OnlineStage)
+    },
     "dpo": {"policy": POLICY_KINDS},
 }
 """For each kind of stage the fields that name a stage, and of which kinds."""

@@ -30,3 +30,28 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, advantages + values
+
+
+def leave_one_out(earned: Tensor) -> Tensor:
+    """What each of the K completions of G prompts earned, less the mean of the K - 1 others of its prompt; [G, K].
+
+        A_i = R_i - sum_{j != i} R_j / (K - 1)
+
+    Each row adds up to 0.
+
+    Source: Ahmadian et al. 2024, "Back to Basics", section 3.3, the RLOO estimator; Kool et al. 2019.
+    """
+    count = earned.shape[1]
+    return earned - (earned.sum(1, keepdim=True) - earned) / (count - 1)
+
+
+def group_normalised(scores: Tensor) -> Tensor:
+    """What each of the K completions of G prompts scored, in standard deviations from its prompt's mean; [G, K].
+
+        A_i = (r_i - mean(r)) / (std(r) + 1e-4)
+
+    The variance is divided by K - 1. Where all scores are the same the advantages are 0.
+
+    Source: Shao et al. 2024, "DeepSeekMath", section 4.1.2; the 1e-4 as in trl.
+    """
+    return (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)

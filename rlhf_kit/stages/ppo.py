@@ -1,10 +1,18 @@
-"""PPO with a KL penalty to the SFT policy, all roles on one base.
+"""PPO with a KL penalty to the SFT policy, all roles on one base; and RLOO and GRPO, which do without a value function.
 
 One update: sample completions from the policy; score them with the reward model; charge every token for its KL to the
 reference policy; estimate advantages; take a few epochs of clipped policy and value steps; adapt the KL coefficient.
+RLOO and GRPO sample several completions of a prompt and judge each by the others: all that differs is the advantage
+(`targets`) and the loss (`_policy_losses`).
+
+trl's trainers of these two are not used, though tests/invariants/test_groups.py holds the losses to be theirs. They
+draw completions from the one generator of a process for a whole padded batch, so who wrote what depends on the batch
+and on the number of processes; they run in train mode, where 8-bit weights compute other logits than in eval mode; and
+they gather figures from all processes within a loss, where one whose memory ran out would leave the others waiting.
 
 Sources: Ziegler et al. 2019 (arXiv 1909.08593) for the reward and the adaptive coefficient, Schulman et al. 2017
-(arXiv 1707.06347) for the losses, Ouyang et al. 2022 (arXiv 2203.02155) for the normalised score.
+(arXiv 1707.06347) for the losses, Ouyang et al. 2022 (arXiv 2203.02155) for the normalised score, Ahmadian et al. 2024
+(arXiv 2402.14740) for RLOO, Shao et al. 2024 (arXiv 2402.03300) for GRPO.
 
 Everything random (prompt order, sampled tokens, minibatches) is derived from the seed, the update and the global row,
 so a run is the same in one process or several and needs no generator state to go on from a checkpoint.
@@ -33,7 +41,7 @@ from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.models import SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.ptx import PTX
-from rlhf_kit.recipe import PPOStage, RewardStage
+from rlhf_kit.recipe import GRPOStage, OnlineStage, PPOStage, RewardStage, RLOOStage
 from rlhf_kit.rollout import (
     ValueFunction,
     completion_logprobs,
@@ -66,7 +74,7 @@ FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 
 
 def run(job: Job) -> Outcome:
-    """Tune the policy; `adapter/` is the policy, `value/` the value function's adapter and head."""
+    """Tune the policy; `adapter/` is the policy, and of PPO `value/` the value function's adapter and head."""
     trainer = PPO(job)
     invariants = trainer.check_invariants()
     first = trainer.resume()
@@ -128,11 +136,18 @@ class Learned:
 
 
 class PPO:
-    """The state of a PPO run: the roles on their base, the optimizer, the KL coefficient, the score's zero and unit."""
+    """The state of a run of PPO, RLOO or GRPO: the roles on their base, the optimizer, the KL coefficient, the score's
+    zero and unit.
+    """
 
     def __init__(self, job: Job) -> None:
-        assert isinstance(job.settings, PPOStage)
+        assert isinstance(job.settings, OnlineStage)
         self.job, self.settings, self.accelerator = job, job.settings, job.accelerator
+        self.with_value = job.settings if isinstance(job.settings, PPOStage) else None
+        """The settings, where there is a value function."""
+        group = job.settings.completions_per_prompt if isinstance(job.settings, RLOOStage | GRPOStage) else 1
+        self.group = group
+        """Completions of the same prompt, one after the other in a batch."""
         self.format = job.text_format
         self.seed = (job.recipe.seed, job.name)
         self.rows = distributed.share(self.settings.batch_size, self.accelerator)  # of each global batch
@@ -160,12 +175,11 @@ class PPO:
         self._load_roles()
         self.ptx = self._load_ptx()
         self._make_optimizer()
-        target = self.settings.kl_target
-        self.kl_control: kl.FixedKL | kl.AdaptiveKL = (
-            kl.FixedKL(self.settings.kl_coef)
-            if target is None
-            else kl.AdaptiveKL(self.settings.kl_coef, target, self.settings.kl_horizon)
-        )
+        self.kl_control: kl.FixedKL | kl.AdaptiveKL = kl.FixedKL(self.settings.kl_coef)
+        if self.with_value is not None and self.with_value.kl_target is not None:
+            self.kl_control = kl.AdaptiveKL(
+                self.settings.kl_coef, self.with_value.kl_target, self.with_value.kl_horizon
+            )
 
     # ------------------------------------------------------------ setting up
 
@@ -207,12 +221,15 @@ class PPO:
             if isinstance(self.scorer, ServerScorer) and settings.normalize_score:
                 self.mean, self.std = self.scorer.unit
 
-        trained_reward = isinstance(reward_stage, RewardStage)
-        if settings.value == "adapter":
+        self.value: ValueFunction = no_values
+        if self.with_value is None:
+            return
+        trained_reward, own_adapter = isinstance(reward_stage, RewardStage), self.with_value.value == "adapter"
+        if own_adapter:
             shared.add(VALUE, reward_folder / "adapter" if trained_reward else sft, trainable=True)
-        start = REWARD if trained_reward and settings.value == "adapter" else None
+        start = REWARD if trained_reward and own_adapter else None
         shared.set_head(VALUE, value_head(shared, start, self.mean, self.std), trainable=True)
-        self.value = value_function(shared, settings.value)
+        self.value = value_function(shared, self.with_value.value)
 
     def _load_ptx(self) -> PTX | None:
         settings = self.settings.ptx
@@ -293,12 +310,14 @@ class PPO:
         return score_unit(scores, f"stages.{self.job.name}.reward", self.settings.reward)
 
     def _make_optimizer(self) -> None:
-        settings = self.settings
-        own_passes = settings.value == "adapter"
-        self.value_epochs = settings.value_epochs or (1 if own_passes else settings.epochs)
-        value_rate = settings.value_learning_rate or settings.learning_rate * (
-            settings.epochs / self.value_epochs if own_passes else 1
-        )
+        settings, with_value = self.settings, self.with_value
+        self.value_epochs, value_rate = 0, settings.learning_rate
+        if with_value is not None:
+            own_passes = with_value.value == "adapter"
+            self.value_epochs = with_value.value_epochs or (1 if own_passes else settings.epochs)
+            value_rate = with_value.value_learning_rate or settings.learning_rate * (
+                settings.epochs / self.value_epochs if own_passes else 1
+            )
         self.parameters = self.shared.trainable()
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
@@ -438,7 +457,7 @@ class PPO:
             self.watch.put_back_best(POLICY)
         if self.accelerator.is_main_process:
             self.shared.save(POLICY, self.job.folder / "adapter")
-            if self.settings.value == "adapter":
+            if self.with_value is not None and self.with_value.value == "adapter":
                 self.shared.save(VALUE, self.job.folder / "value")
 
     # ------------------------------------------------------------ watching
@@ -460,9 +479,9 @@ class PPO:
 
     def _prompt_rows(self, update: int) -> list[int]:
         """Return this process's prompts of an update: the prompts in an endless sequence of shuffled passes."""
-        count, size = len(self.prompts), self.settings.batch_size
+        count, size = len(self.prompts), self.settings.batch_size // self.group
         rows = []
-        for position in (update * size + row for row in self.rows):
+        for position in (update * size + row // self.group for row in self.rows):
             generator = torch.Generator().manual_seed(derived_seed(*self.seed, "prompts", position // count))
             rows.append(int(torch.randperm(count, generator=generator)[position % count]))
         return rows
@@ -537,11 +556,16 @@ class PPO:
 
     @torch.no_grad()
     def targets(self, rollout: Rollout) -> Targets:
-        """Return advantages and returns: the score, less penalties and the KL of every token, through GAE."""
-        settings, mask = self.settings, rollout.completion_mask
+        """Return advantages and returns: of PPO the score, less penalties and the KL of every token, through GAE; of
+        RLOO and GRPO what a completion earns compared with the others of its prompt, on each of its tokens.
+        """
+        settings, mask = self.with_value, rollout.completion_mask
         scores = rollout.scores
-        if settings.missing_eos_penalty is not None:
-            scores = scores - settings.missing_eos_penalty * (~rollout.ended)
+        if self.settings.missing_eos_penalty is not None:
+            scores = scores - self.settings.missing_eos_penalty * (~rollout.ended)
+        if settings is None:
+            compared = self._compared_in_groups(scores, rollout)
+            return Targets(compared.unsqueeze(1) * mask, torch.zeros_like(rollout.values))
         if settings.whiten_scores:
             column = scores.unsqueeze(1)
             scores = self._whitened(column, torch.ones_like(column, dtype=torch.bool), center=False).squeeze(1)
@@ -551,6 +575,20 @@ class PPO:
         if settings.whiten_advantages:
             advantage = self._whitened(advantage, mask, center=True)
         return Targets(advantage, returns)
+
+    def _compared_in_groups(self, scores: Tensor, rollout: Rollout) -> Tensor:
+        """Return the advantages [B] of this process's completions, whose groups may reach into other processes."""
+        earned = scores
+        if isinstance(self.settings, RLOOStage):
+            token_kl = kl.kl_k1(rollout.policy_logprobs, rollout.reference_logprobs)
+            earned = scores - self.kl_control.coef * (token_kl * rollout.completion_mask).sum(1)
+        everyone = torch.tensor(distributed.gather_rows(earned.tolist(), self.accelerator), device=earned.device)
+        groups = everyone.view(-1, self.group)
+        if isinstance(self.settings, RLOOStage):
+            compared = advantages.leave_one_out(groups)
+        else:
+            compared = advantages.group_normalised(groups)
+        return compared.flatten()[self.rows.start : self.rows.stop]
 
     def _whitened(self, x: Tensor, mask: Tensor, *, center: bool) -> Tensor:
         """Return x whitened by the mean and variance over all processes."""
@@ -597,7 +635,7 @@ class PPO:
                 gradient_norms.append(self._step(update, with_value))
         bar.close()
         policy_means = distributed.total(policy_sums, self.accelerator) / (settings.epochs * settings.minibatches)
-        value_means = distributed.total(value_sums, self.accelerator) / (self.value_epochs * settings.minibatches)
+        value_means = distributed.total(value_sums, self.accelerator) / max(1, self.value_epochs * settings.minibatches)
         policy_loss, clip_fraction, approx_kl = policy_means.tolist()
         value_loss, value_clip_fraction = value_means.tolist()
         ptx_mean = distributed.total(ptx_sum, self.accelerator) / (settings.epochs * settings.minibatches)
@@ -647,18 +685,25 @@ class PPO:
 
         Returns its part of the policy's figures [3] and of the value function's [2], and its largest |ratio - 1|.
         """
-        settings, mask = self.settings, rollout.completion_mask
+        settings, mask = self.with_value, rollout.completion_mask
         columns = mask.shape[1]
         advantage, returns = targets.advantages[index, :columns], targets.returns[index, :columns]
         states = completion_states(self.shared, POLICY, rollout)
-        logprobs = completion_logprobs(self.shared, states, rollout, settings.temperature)
-        losses, clipped = ppo.policy_loss(logprobs, rollout.policy_logprobs, advantage, settings.clip)
-        loss = masking.masked_mean(losses, mask, tokens)
+        logprobs = completion_logprobs(self.shared, states, rollout, self.settings.temperature)
+        losses, clipped = self._policy_losses(logprobs, rollout, advantage)
+        per_completion = losses.dim() == 1
+        counted, count = mask, float(tokens)
+        if per_completion:
+            counted = torch.ones_like(losses, dtype=torch.bool)
+            count = self.settings.batch_size / self.settings.minibatches
+        loss = masking.masked_mean(losses, counted, count)
         with torch.no_grad():
             moved = ppo.approx_kl(logprobs, rollout.policy_logprobs)
             ratio_error = float((torch.exp(logprobs - rollout.policy_logprobs) - 1).abs().max())
-            policy_figures = masked_means(mask, tokens, losses, clipped, moved)
-        if not with_value:
+            policy_figures = torch.cat(
+                [masked_means(counted, count, losses, clipped), masked_means(mask, tokens, moved)]
+            )
+        if not with_value or settings is None:
             loss.backward()
             return policy_figures, policy_figures.new_zeros(2), ratio_error
         if settings.value == "adapter":  # it has a graph of its own; the policy's makes room for it
@@ -668,6 +713,19 @@ class PPO:
         losses, clipped = ppo.value_loss(values, rollout.values, returns, settings.value_clip)
         (loss + settings.value_coef * masking.masked_mean(losses, mask, tokens)).backward()
         return policy_figures, masked_means(mask, tokens, losses, clipped), ratio_error
+
+    def _policy_losses(self, logprobs: Tensor, rollout: Rollout, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses and where the clip made them larger: of each token [M, C], or of each completion [M].
+
+        advantage: [M, C].
+        """
+        old, mask, clip = rollout.policy_logprobs, rollout.completion_mask, self.settings.clip
+        if isinstance(self.settings, RLOOStage):
+            return ppo.policy_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantage[:, 0], clip)
+        losses, clipped = ppo.policy_loss(logprobs, old, advantage, clip)
+        if isinstance(self.settings, GRPOStage):
+            losses = losses + self.kl_control.coef * kl.kl_k3(logprobs, rollout.reference_logprobs)
+        return losses, clipped
 
     def _step(self, update: int, with_value: bool) -> float:
         """Take one optimizer step with the gradients of all processes; return their norm before clipping.
@@ -715,7 +773,7 @@ class PPO:
             raise error
         self.skipped += 1
         say(f"{error} It is skipped, {self.skipped} so far.")
-        return {"ppo/skipped_steps": self.skipped}
+        return {f"{self.settings.kind}/skipped_steps": self.skipped}
 
     def summarise(self, rollout: Rollout, targets: Targets, learned: Learned) -> dict[str, float]:
         """Return the update's metrics, each a mean over the completions or tokens of all processes."""
@@ -742,7 +800,11 @@ class PPO:
             float(self._moments(x, mask)[1]) for x in (targets.returns - rollout.values, targets.returns)
         )
         self.tokens += round(length * size)
-        seconds = self.rollout_seconds + learned.seconds
+        seconds, kind = self.rollout_seconds + learned.seconds, self.settings.kind
+        value_figures = {
+            "value/explained_variance": statistics.explained_variance(residual, returned),
+            "value/clip_fraction": learned.value_clip_fraction,
+        }
         doubt = torch.stack(self.ensemble_std).sum() if self.ensemble_std else None
         return {
             "objective/score": score,
@@ -755,20 +817,19 @@ class PPO:
             "objective/kl_k2": kl_k2,
             "objective/kl_k3": kl_k3,
             "objective/kl_coef": self.kl_control.coef,
-            "ppo/policy_loss": learned.policy_loss,
-            "ppo/value_loss": learned.value_loss,
-            **({} if learned.ptx_loss is None else {"ppo/ptx_loss": learned.ptx_loss}),
-            "ppo/clip_fraction": learned.clip_fraction,
-            "ppo/approx_kl": learned.approx_kl,
-            "ppo/first_ratio_error": learned.first_ratio_error,
-            "ppo/gradient_norm": learned.gradient_norm,
-            "ppo/learning_rate": learned.learning_rate,
-            "value/explained_variance": statistics.explained_variance(residual, returned),
-            "value/clip_fraction": learned.value_clip_fraction,
+            f"{kind}/policy_loss": learned.policy_loss,
+            **({} if self.with_value is None else {"ppo/value_loss": learned.value_loss}),
+            **({} if learned.ptx_loss is None else {f"{kind}/ptx_loss": learned.ptx_loss}),
+            f"{kind}/clip_fraction": learned.clip_fraction,
+            f"{kind}/approx_kl": learned.approx_kl,
+            f"{kind}/first_ratio_error": learned.first_ratio_error,
+            f"{kind}/gradient_norm": learned.gradient_norm,
+            f"{kind}/learning_rate": learned.learning_rate,
+            **({} if self.with_value is None else value_figures),
             "rollout/ended_fraction": ended,
             "rollout/length": length,
             "rollout/logprob_gap": gap / length,
-            **({"ppo/skipped_steps": self.skipped} if self.skipped else {}),
+            **({f"{kind}/skipped_steps": self.skipped} if self.skipped else {}),
             "time/rollout_s": self.rollout_seconds,
             "time/scoring_s": self.scoring_seconds,
             "time/update_s": learned.seconds,
@@ -807,9 +868,14 @@ class PPO:
         artifacts.append_lines(self.samples, samples)
 
 
-def masked_means(mask: Tensor, tokens: int, *figures: Tensor) -> Tensor:
-    """Return the means over `tokens` real tokens of each of the figures [M, C], without gradients, float64."""
-    return torch.stack([masking.masked_mean(figure.detach().float(), mask, tokens) for figure in figures]).double()
+def masked_means(mask: Tensor, count: float, *figures: Tensor) -> Tensor:
+    """Return the means over `count` real tokens (or completions) of each of the figures, without gradients, float64."""
+    return torch.stack([masking.masked_mean(figure.detach().float(), mask, count) for figure in figures]).double()
+
+
+def no_values(rollout: Rollout, policy_states: Tensor) -> Tensor:
+    """Return the values of a run without a value function: zeros."""
+    return torch.zeros_like(rollout.values)
 
 
 def value_function(shared: SharedBase, kind: str) -> ValueFunction:

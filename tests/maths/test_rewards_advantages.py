@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kit.maths.advantages import gae
+from rlhf_kit.maths.advantages import gae, group_normalised, leave_one_out
 from rlhf_kit.maths.kl import kl_k1
 from rlhf_kit.maths.rewards import token_rewards
 from tests.maths import oracle
@@ -100,3 +100,16 @@ def test_gae_refuses_left_padding():
     """A mask with its padding on the left would be read as a completion cut in two."""
     with pytest.raises(ValueError, match="right-padded"):
         gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[False, True]]), 1.0, 1.0)
+
+
+def test_leave_one_out_by_hand():
+    """Of 1, 2 and 6 the others' means are 4, 3.5 and 1.5; completions that all earn the same teach nothing."""
+    found = leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]))
+    torch.testing.assert_close(found, torch.tensor([[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]))
+
+
+def test_group_normalised_by_hand():
+    """0, 2 and 4 have mean 2 and, divided by two, variance 4; equal scores give 0."""
+    found = group_normalised(torch.tensor([[0.0, 2.0, 4.0], [3.0, 3.0, 3.0]]))
+    expected = 2 / (2 + 1e-4)
+    torch.testing.assert_close(found, torch.tensor([[-expected, 0.0, expected], [0.0, 0.0, 0.0]]))

@@ -27,7 +27,9 @@ sys.argv = ["mkdocs", "build", "--strict", "--site-dir", sys.argv[1]]
 runpy.run_module("mkdocs", run_name="__main__")
 """
 LOADS = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("object", "data")}
-GROUPS = "sft|reward|objective|ppo|value|rollout|time|throughput|memory"
+KINDS = {"training.py": ("sft", "reward", "dpo", "rejection_sampling"), "ppo.py": ("ppo", "rloo", "grpo")}
+"""The kinds of stage that log names with their kind in front, by where these names stand."""
+GROUPS = "|".join(["objective", "value", "rollout", "time", "throughput", "memory", *sum(KINDS.values(), ())])
 
 
 def settings_classes() -> list[type[Settings]]:
@@ -129,7 +131,7 @@ def test_every_key_says_what_it_means(settings):
 
 
 def metric_names() -> Iterator[str]:
-    """Yield every metric name that the source spells, those with a stage's kind in front for both kinds."""
+    """Yield every metric name that the source spells, those with a stage's kind in front for all its kinds."""
     for path in (ROOT / "rlhf_kit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -138,7 +140,7 @@ def metric_names() -> Iterator[str]:
             elif isinstance(node, ast.JoinedStr) and len(node.values) == 2 and isinstance(node.values[1], ast.Constant):
                 name = str(node.values[1].value)
                 if re.fullmatch(r"/[a-z_]+", name) and "kind" in ast.unparse(node.values[0]):
-                    yield from (f"sft{name}", f"reward{name}")
+                    yield from (f"{kind}{name}" for kind in KINDS[path.name])
 
 
 def explained() -> set[str]:
