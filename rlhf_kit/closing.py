@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlhf_kit import artifacts
 from rlhf_kit.recipe import Recipe
+from rlhf_kit.story import frontier_line
 
 SHOWN_CHARACTERS = 600
 """Of a prompt or completion."""
@@ -34,22 +35,22 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
     columns = [
         ("gold", "gold", 2),
         ("score", "score", 2),
-        ("kl", "KL (nats)", 1),
-        ("length", "length (tokens)", 1),
-        ("ended", "ended", 2),
-        ("repetition", "repetition", 2),
+        ("kl", "KL", 1),
+        ("length", "length", 1),
+        ("repetition", "repeats", 2),
         ("distinct_2", "distinct-2", 2),
-        ("refusals", "refusals", 2),
     ]
     shown = [column for column in columns if all(column[0] in figures for figures in measured["systems"].values())]
     table = _plain_table([f"{measured['prompts']['count']} prompts", *(head for _, head, _ in shown)])
     text = measured["text"]
     if text is not None:
-        table.add_column(f"perplexity on {text['card']}", justify="right")
+        table.add_column("perplexity", justify="right")
     for name, figures in measured["systems"].items():
         forgotten = [f"{text['perplexity'][name]:.2f} ({text['change'][name]:+.1%})"] if text else []
         table.add_row(name, *(f"{figures[key]:.{digits}f}" for key, _, digits in shown), *forgotten)
     yield table
+    if text is not None:
+        yield Text(f"perplexity of {text['rows']} texts of {text['card']}; KL in nats to {measured['reference']}\n")
     for source, rates in (("", measured["win_rate"]), ("judge: ", measured.get("judge") or {})):
         for pair, win in rates.items():
             if pair == "name" or win["rate"] is None:
@@ -71,16 +72,6 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
     yield Text()
     yield Text(f"figures   {folder / artifacts.EVAL}")
     yield Text(f"report    {folder / artifacts.REPORT}")
-
-
-def frontier_line(place: Mapping[str, Any], samples: int) -> str:
-    """Return in words where a system stands to best-of-n on the same prompts."""
-    head = f"{place['verdict']} {place['value']:.2f} at {place['kl']:.1f} nats"
-    if place["equal_kl"] is None:
-        return f"{head}; best of {samples} does not reach it"
-    if place["kl_ratio"] is None:
-        return f"{head}; a single sample reaches it"
-    return f"{head}; best-of-n reaches it at {place['equal_kl']:.1f} nats: {place['kl_ratio']:.1f} times its KL"
 
 
 def _plain_table(heads: Sequence[str]) -> Table:

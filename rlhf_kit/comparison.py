@@ -84,6 +84,15 @@ class Comparison:
     def _finished(self) -> list[str]:
         return [name for name in self.run.policies() if artifacts.read_manifest(self.run.folder / name) is not None]
 
+    def _hashes(self) -> dict[str, str]:
+        """Return the hash of every finished stage's manifest."""
+        folders = {name: self.run.folder / name for name in self.run.recipe.stages}
+        return {
+            name: artifacts.manifest_hash(folder)
+            for name, folder in folders.items()
+            if artifacts.read_manifest(folder) is not None
+        }
+
     def _other(self, folder: Path) -> dict[str, str]:
         """Return the newest policy of another run as a role on this run's base.
 
@@ -167,6 +176,7 @@ class Comparison:
         pairs = self._pairs()
         measured: dict[str, Any] = {
             "schema": artifacts.SCHEMA,
+            "made_from": {"stages": self._hashes()},
             "rlhf_kit": artifacts.__version__,
             "prompts": {"count": len(examination.prompts), "hash": artifacts.hash_of(list(examination.prompts))},
             "reference": examination.reference,
@@ -177,6 +187,7 @@ class Comparison:
                 for after, before in pairs
                 if answers[after].verdict is not None
             },
+            "judge": None,
             "best_of_n": None,
             "frontier": {},
             "text": self._text(),
@@ -220,12 +231,26 @@ class Comparison:
                         "gold": system.gold[row] if system.gold else None,
                         "kl": system.kl[row],
                         "length": system.lengths[row],
+                        **self._marked(system, name, row),
                     }
                     for name, system in answers.items()
                 },
             }
             for row in range(min(SHOWN, len(self.examination.prompts)))
         ]
+
+    def _marked(self, system: System, name: str, row: int) -> dict[str, Any]:
+        """Return "tokens", the text and KL of each token of an answer; nothing of the reference, which has none."""
+        if name == self.examination.reference:
+            return {}
+        asked, pieces = self.examination.prompt_ids[row], []
+        before = ""
+        for count, divergence in enumerate(system.token_kl[row][: len(system.tokens[row])], start=1):
+            text = self.run.text_format.completion_text(asked, system.tokens[row][:count])
+            text = text if text.startswith(before) else before  # a letter of several tokens is shown with its last one
+            pieces.append([text[len(before) :], divergence])
+            before = text
+        return {"tokens": pieces}
 
     def _best_of_n(self, answers: Mapping[str, System]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what best-of-n of the reference reaches, n in powers of two, and where tuned policies stand to it.
@@ -335,8 +360,7 @@ def operations_per_token(stage: Any, manifest: Mapping[str, Any], prompt_tokens:
     length = max(1.0, manifest["metrics"].get("rollout/length") or 1.0)
     own_value = isinstance(stage, PPOStage) and stage.value == "adapter"
     value_epochs = (stage.value_epochs or 1) if isinstance(stage, PPOStage) and own_value else 0
-    epochs = stage.epochs if isinstance(stage, PPOStage) else 1
-    return (prompt_tokens + length) / length * (2 * (4 + own_value) + 4 * (epochs + value_epochs))
+    return (prompt_tokens + length) / length * (2 * (4 + own_value) + 4 * (stage.epochs + value_epochs))
 
 
 def base_parameters(shared: SharedBase) -> Iterator[int]:

@@ -49,8 +49,10 @@ class System:
     gold: list[float] | None
     kl: list[float]
     """Nats per completion, to the policy that the last stage started from, on the system's own samples (k1)."""
+    token_kl: list[list[float]]
+    """The same of every token, end token included."""
     kl_k3: list[float]
-    """The same by another estimator, which is never negative."""
+    """KL by another estimator, which is never negative."""
     reference: list[float]
     """Log-probability of the completion, end token included, under that policy, in nats."""
     lengths: list[int]
@@ -117,6 +119,7 @@ class Examination:
             scores=self.scores(written, role),
             gold=self.judged(written.texts),
             kl=kl.kl_k1(policy, reference).double().sum(1).tolist(),
+            token_kl=[row[real].tolist() for row, real in zip(kl.kl_k1(policy, reference), mask, strict=True)],
             kl_k3=(kl.kl_k3(policy, reference) * mask).double().sum(1).tolist(),
             reference=reference.double().sum(1).tolist(),
             lengths=mask.sum(1).tolist(),

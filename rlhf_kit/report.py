@@ -4,39 +4,21 @@ Everything comes from the files of the run directory; what is not there yet is l
 runs no script, and nothing that a model or a data set wrote is read as markup.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from rlhf_kit import artifacts
+from rlhf_kit import artifacts, drawings, story
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import read_yaml, write_yaml
 from rlhf_kit.metrics import HEADLINE, duration, read_metrics
 from rlhf_kit.settings import read_text, without_local_paths
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-POINTS = 240  # of one curve; longer ones are drawn as means of neighbouring steps
 TEXT = 4_000  # characters of a prompt or a completion
-WIDTH, HEIGHT, MARGIN = 320.0, 120.0, 4.0  # of a chart, in its own units
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One curve: what its picture and its caption need."""
-
-    name: str
-    paths: tuple[str, ...]  # SVG path data of its unbroken pieces
-    first_step: int
-    last_step: int
-    lowest: float
-    highest: float
-    last: float
-    zero: float | None  # height of the line at 0, where it is in the picture
 
 
 def write_report(run_dir: Path) -> Path:
@@ -49,20 +31,25 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / artifacts.RECIPE
     recipe = without_local_paths(read_yaml(read_text(path, "recipe", (".yaml",)), str(path)).value)
     stages = [_stage(run_dir / name, name, settings) for name, settings in recipe["stages"].items()]
-    summary = _json_or_none(run_dir / artifacts.SUMMARY)
+    summary, evaluation = (_json_or_none(run_dir / name) for name in (artifacts.SUMMARY, artifacts.EVAL))
     page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = page.render(
         name=recipe["name"],
         recipe=recipe,
         recipe_text=write_yaml(recipe),
         summary=summary,
+        evaluation=evaluation,
+        outdated_evaluation=evaluation is not None and _outdated(evaluation, stages),
+        frontier=_frontier(evaluation),
+        worries=story.worries(recipe, stages, summary, evaluation),
+        cost=_costs(stages, evaluation),
         outdated=summary is not None and _outdated(summary, stages),
         headlines=_headlines(recipe, summary) if summary else [],
         stages=stages,
         samples=[] if summary and summary.get("examples") else _last_samples(run_dir, stages),
         environment=_json_or_none(run_dir / artifacts.ENVIRONMENT),
-        width=WIDTH,
-        height=HEIGHT,
+        chart_size=(drawings.WIDTH, drawings.HEIGHT),
+        plot_size=drawings.PLOT,
     )
     path = run_dir / artifacts.REPORT
     artifacts.write_atomically(path, html)
@@ -72,7 +59,15 @@ def write_report(run_dir: Path) -> Path:
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        figure=figure, fixed=_fixed, duration=duration, shortened=_shortened, spoken=_spoken, plain=_plain
+        figure=figure,
+        fixed=_fixed,
+        duration=duration,
+        shortened=_shortened,
+        spoken=_spoken,
+        plain=_plain,
+        percent=_percent,
+        strength=_strength,
+        frontier_line=story.frontier_line,
     )
     return environment
 
@@ -85,22 +80,44 @@ def _stage(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, An
     manifest = artifacts.read_manifest(folder)
     metrics = folder / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else []
+    health = manifest.get("health") if manifest is not None else None
     if manifest is not None:
         state = "finished"
     elif lines:
         state = f"not finished; at step {lines[-1]['step']}"
     else:
         state = "not run yet"
-    drawn = charts(lines)
+    drawn = drawings.charts(lines, HEADLINE)
     return {
         "name": name,
         "kind": settings["kind"],
         "state": state,
         "manifest": manifest,
+        "health": health,
+        "pictures": _pictures(health) if health else [],
         "manifest_hash": artifacts.manifest_hash(folder) if manifest is not None else None,
         "headline": [chart for chart in drawn if chart.name in HEADLINE],
         "more": [chart for chart in drawn if chart.name not in HEADLINE],
     }
+
+
+def _pictures(health: Mapping[str, Any]) -> list[drawings.Plot]:
+    return [drawings.reliability(health["calibration"]), drawings.histograms(health["scores"])]
+
+
+def _frontier(evaluation: Mapping[str, Any] | None) -> drawings.Plot | None:
+    """The picture of score and KL, where best-of-n was measured."""
+    if evaluation is None or evaluation["best_of_n"] is None:
+        return None
+    return drawings.frontier(evaluation["best_of_n"], evaluation["frontier"])
+
+
+def _costs(stages: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """What every finished stage has cost, with the arithmetic where it was estimated."""
+    costs = {stage["name"]: stage["manifest"].get("cost") for stage in stages if stage["manifest"]}
+    estimated = evaluation["cost"] if evaluation is not None else {}
+    unknown = {"flops": None, "6PD": None}
+    return {name: {**unknown, **cost, **estimated.get(name, {})} for name, cost in costs.items() if cost}
 
 
 def _json_or_none(path: Path) -> Any:
@@ -110,7 +127,8 @@ def _json_or_none(path: Path) -> Any:
 def _outdated(summary: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a stage was run again after the summary was measured."""
     measured = summary.get("made_from", {}).get("stages")
-    return measured is not None and measured != {stage["name"]: stage["manifest_hash"] for stage in stages}
+    there = {stage["name"]: stage["manifest_hash"] for stage in stages if stage["manifest_hash"] is not None}
+    return measured is not None and measured != there
 
 
 def _last_samples(run_dir: Path, stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -156,60 +174,6 @@ def _headlines(recipe: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tu
     return found
 
 
-# ---------------------------------------------------------------- curves
-
-
-def charts(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """A chart for every metric with at least two numbers, those of the headline first, else as in the file."""
-    names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
-    names.sort(key=lambda name: HEADLINE.index(name) if name in HEADLINE else len(HEADLINE))
-    series = ((name, [(line["step"], line[name]) for line in lines if name in line]) for name in names)
-    return [_chart(name, points) for name, points in series if sum(y is not None for _, y in points) > 1]
-
-
-def _chart(name: str, points: list[tuple[int, float | None]]) -> Chart:
-    numbers = [y for _, y in points if y is not None]
-    first_step, last_step = points[0][0], points[-1][0]
-    thinned = list(_thinned(points))
-    drawn = [y for _, y in thinned if y is not None]
-    low, high = min(drawn), max(drawn)
-
-    def place_x(step: float) -> float:
-        return MARGIN + (WIDTH - 2 * MARGIN) * (step - first_step) / max(1, last_step - first_step)
-
-    def place_y(y: float) -> float:
-        if high == low:
-            return HEIGHT / 2
-        return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (y - low) / (high - low)
-
-    pieces: list[list[str]] = [[]]
-    for step, y in thinned:
-        if y is None:
-            pieces.append([])  # a gap where the number was not finite
-        else:
-            pieces[-1].append(f"{place_x(step):.1f},{place_y(y):.1f}")
-    return Chart(
-        name=name,
-        # a single point between gaps gets a line of no length, which round ends make visible
-        paths=tuple("M" + "L".join(piece if len(piece) > 1 else piece * 2) for piece in pieces if piece),
-        first_step=first_step,
-        last_step=last_step,
-        lowest=min(numbers),
-        highest=max(numbers),
-        last=numbers[-1],
-        zero=place_y(0.0) if low < 0 < high else None,
-    )
-
-
-def _thinned(points: Sequence[tuple[int, float | None]]) -> Iterator[tuple[float, float | None]]:
-    """At most `POINTS` points: means of equally many neighbours, None where they hold no number."""
-    size = math.ceil(len(points) / POINTS)
-    for start in range(0, len(points), size):
-        group = points[start : start + size]
-        numbers = [y for _, y in group if y is not None]
-        yield sum(step for step, _ in group) / len(group), sum(numbers) / len(numbers) if numbers else None
-
-
 # ---------------------------------------------------------------- words and numbers
 
 
@@ -243,3 +207,12 @@ def _spoken(prompt: str | Sequence[Mapping[str, str]]) -> str:
 def _plain(value: Any) -> str:
     """A setting as YAML has it."""
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _strength(divergence: float) -> str:
+    """How strongly a token is marked by its KL, as a CSS percentage; 2 nats are the strongest."""
+    return f"{min(1.0, abs(divergence) / 2) * 60:.0f}%"

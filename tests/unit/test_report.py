@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from rlhf_kit import artifacts
+from rlhf_kit.drawings import POINTS, charts
 from rlhf_kit.errors import InputError
-from rlhf_kit.report import POINTS, charts, figure, write_report
+from rlhf_kit.report import figure, write_report
 
 HOSTILE = (
     '<script>alert(1)</script><img src="https://example.org/x.png" onerror="alert(2)">'
