@@ -280,6 +280,7 @@ def test_a_sampler_with_another_temperature_is_found_out(tmp_path, monkeypatch, 
         for name, parameter in trainer.shared.parameters_of("policy").items():
             if "lora_B" in name:
                 parameter.mul_(1.5)
+
     def other(*arguments, **settings) -> Completions:
         return generated(*arguments, **{**settings, "temperature": temperature})
 
