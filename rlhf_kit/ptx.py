@@ -13,7 +13,8 @@ over whole batches of a full model; ours is a mean per token, as the policy loss
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,23 +66,32 @@ class PTX:
         Returns its part of the loss, in nats per token, without `coef`.
         """
         batch = self.batch(step)
-        tokens = sum(label != IGNORED for row in batch for label in self.rows[row]["labels"][1:])
-        mine = [self.rows[batch[number]] for number in distributed.share(len(batch), self.accelerator)]
-        loss = torch.zeros((), dtype=torch.float64, device=self.shared.device)
-        if not mine:
-            return loss
-        ids, mask = right_pad([row["input_ids"] for row in mine], self.pad_id)
-        labels, _ = right_pad([row["labels"] for row in mine], IGNORED)
-        for piece in of_like_length(mask, range(len(mine)), size):
-            columns = int(mask[piece].sum(1).max())
-            part = self._loss(role, *(tensor[piece, :columns].to(self.shared.device) for tensor in (ids, mask, labels)))
+        mine = [batch[number] for number in distributed.share(len(batch), self.accelerator)]
+        loss, tokens = torch.zeros((), dtype=torch.float64, device=self.shared.device), self._tokens(batch)
+        for part in self._parts(role, mine, size):
             (self.coef * part / tokens).backward()
             loss += part.detach().double() / tokens
         return loss
 
-    def _loss(self, role: str, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed loss of a batch of texts [M, T], in nats; the temperature is 1, as in SFT."""
-        states = self.shared.hidden(role, ids, mask)[:, :-1]
-        learnt = labels[:, 1:] != IGNORED
-        entries = logits_held(self.shared.device)
-        return -token_logprobs(states[learnt], self.shared.output_head, ids[:, 1:][learnt], 1.0, entries).sum()
+    @torch.no_grad()
+    def loss(self, role: str, rows: Sequence[int], size: int) -> float:
+        """Return the loss on some of the texts, in nats per token, by this process alone."""
+        return math.fsum(float(part) for part in self._parts(role, rows, size)) / self._tokens(rows)
+
+    def _tokens(self, rows: Sequence[int]) -> int:
+        """Return how many tokens of these texts have a loss; the first token of a text has none."""
+        return sum(label != IGNORED for row in rows for label in self.rows[row]["labels"][1:])
+
+    def _parts(self, role: str, rows: Sequence[int], size: int) -> Iterator[Tensor]:
+        """Yield the summed loss of one piece of the texts after the other, in nats; the temperature is 1, as in SFT."""
+        if not rows:
+            return
+        ids, mask = right_pad([self.rows[row]["input_ids"] for row in rows], self.pad_id)
+        labels, _ = right_pad([self.rows[row]["labels"] for row in rows], IGNORED)
+        for piece in of_like_length(mask, range(len(rows)), size):
+            columns = int(mask[piece].sum(1).max())
+            tokens, real, wanted = (tensor[piece, :columns].to(self.shared.device) for tensor in (ids, mask, labels))
+            states = self.shared.hidden(role, tokens, real)[:, :-1]
+            learnt, entries = wanted[:, 1:] != IGNORED, logits_held(self.shared.device)
+            ours = token_logprobs(states[learnt], self.shared.output_head, tokens[:, 1:][learnt], 1.0, entries)
+            yield -ours.sum()

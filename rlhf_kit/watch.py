@@ -51,19 +51,19 @@ class Watch:
         gold: Scorer | None,
         gold_unit: tuple[float, float],
         guard: GuardSettings | None,
-        at_once: Pieces,
         microbatch: Pieces,
         accelerator: Accelerator,
     ) -> None:
         """name: the stage's. unit, gold_unit: mean and standard deviation that raw scores are normalised by.
 
-        at_once, microbatch: how many completions are generated, and read, at a time.
+        microbatch: how many completions are read at a time.
         """
         self.shared, self.prompts, self.prompt_ids = shared, prompts, prompt_ids
         self.name, self.seed, self.every, self.temperature = name, seed, every, temperature
-        self.format, self.accelerator, self.at_once, self.microbatch = text_format, accelerator, at_once, microbatch
+        self.format, self.accelerator, self.microbatch = text_format, accelerator, microbatch
         self.scorer, self.unit, self.gold, self.gold_unit = scorer, unit, gold, gold_unit
         self.rows = distributed.share(len(prompts), accelerator)
+        self.at_once = Pieces(f"stages.{name}.watch.count", len(self.rows), "completions at a time", accelerator)
         self.uniform = uniforms(self.rows, len(prompts), new_tokens, *seed, "watch")
         self.guard = Guard(guard) if guard is not None else None
         self.history: list[dict[str, float]] = []
@@ -212,7 +212,7 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """Return what `load` needs, for JSON; `tensors` has the rest."""
-        return {"history": self.history, "guard": self.guard and self.guard.state()}
+        return {"history": self.history, "guard": self.guard and self.guard.state(), "at_once": self.at_once.size}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the best policy's parameters, as "best/<name>"."""
@@ -221,6 +221,7 @@ class Watch:
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint's state and tensors."""
         self.history = list(state["history"])
+        self.at_once.size = min(self.at_once.size, state["at_once"])
         if self.guard is not None:
             self.guard.load(state["guard"])
         best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}

@@ -294,7 +294,6 @@ class PPO:
             gold=scorer,
             gold_unit=(unit["mean"], unit["std"]),
             guard=settings.guard,
-            at_once=self.at_once,
             microbatch=self.pieces,
             accelerator=self.accelerator,
         )

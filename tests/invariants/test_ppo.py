@@ -29,14 +29,19 @@ def count_of_a(prompts, completions):
     return [completion.lower().count("a") for completion in completions]
 
 
-def make_job(folder: Path, *, out: str = "run", quantization: str = "none", **settings) -> Job:
-    """Return a PPO job of 8 completions an update on the tiny model, its SFT and reward stages finished."""
+def make_job(folder: Path, *, out: str = "run", quantization: str = "none", heldout: float = 0.1, **settings) -> Job:
+    """Return a PPO job of 8 completions an update on the tiny model, its SFT and reward stages finished.
+
+    heldout: share of the prompts. A `ptx` without data learns the demonstrations.
+    """
     model = folder / "model"
     if not model.exists():
         tiny.make_checkpoint(model)
-    card = tiny.write_card(folder, "prompts", "prompts", [{"prompt": q} for q in tiny.QUESTIONS], heldout=0.1)
+    card = tiny.write_card(folder, "prompts", "prompts", [{"prompt": q} for q in tiny.QUESTIONS], heldout=heldout)
     pairs = tiny.write_card(folder, "pairs", "preferences", tiny.preferences(), heldout=0.1)
     shown = tiny.write_card(folder, "demonstrations", "demonstrations", tiny.demonstrations(), heldout=0.1)
+    if "ptx" in settings:
+        settings["ptx"] = {"data": str(shown), **settings["ptx"]}
     stages = {
         "sft": {"kind": "sft", "data": str(shown)},
         "reward": {"kind": "reward", "init": "sft", "data": str(pairs)},
@@ -81,7 +86,7 @@ def make_job(folder: Path, *, out: str = "run", quantization: str = "none", **se
         settings=recipe.stages["ppo"],
         folder=run / "ppo",
         inputs={"sft": {}, "reward": {"score_normalisation": {"mean": 0.1, "std": 0.5}, "probe": probe}},
-        examples={str(card): load_examples(load_card(card))},
+        examples={str(path): load_examples(load_card(path)) for path in (card, shown)},
         text_format=text_format,
         accelerator=accelerator,
         stop=StopRequest(),
@@ -193,7 +198,8 @@ def test_every_metric_of_the_contract_is_logged(tmp_path):
     ppo.run(job)
     lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    contract = """objective/score objective/kl objective/kl_k3 objective/kl_coef ppo/policy_loss ppo/value_loss
+    contract = """objective/score objective/kl objective/kl_k2 objective/kl_k3 objective/kl_coef
+    rollout/logprob_gap ppo/policy_loss ppo/value_loss
     ppo/clip_fraction ppo/approx_kl ppo/first_ratio_error value/explained_variance rollout/ended_fraction
     rollout/length time/rollout_s time/update_s throughput/completions_per_s memory/peak_bytes""".split()
     for line in lines:
