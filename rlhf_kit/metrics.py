@@ -36,6 +36,7 @@ HEADLINE = (
     "reward/loss",
     "reward/accuracy",
     "dpo/loss",
+    "kto/loss",
     "dpo/accuracy",
     "rejection_sampling/loss",
 )

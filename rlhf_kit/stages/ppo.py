@@ -7,8 +7,8 @@ RLOO and GRPO sample several completions of a prompt and judge each by the other
 
 trl's trainers of these two are not used, though tests/invariants/test_groups.py holds the losses to be theirs. They
 draw completions from the one generator of a process for a whole padded batch, so who wrote what depends on the batch
-and on the number of processes; they run in train mode, where 8-bit weights compute other logits than in eval mode; and they
-gather figures from all processes within a loss, where one whose memory ran out would leave the others waiting.
+and on the number of processes; they run in train mode, where 8-bit weights compute other logits than in eval mode; and
+they gather figures from all processes within a loss, where one whose memory ran out would leave the others waiting.
 
 Sources: Ziegler et al. 2019 (arXiv 1909.08593) for the reward and the adaptive coefficient, Schulman et al. 2017
 (arXiv 1707.06347) for the losses, Ouyang et al. 2022 (arXiv 2203.02155) for the normalised score, Ahmadian et al. 2024
