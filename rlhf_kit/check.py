@@ -37,6 +37,7 @@ from rlhf_kit.recipe import (
     NEW_TOKENS,
     Cards,
     DPOStage,
+    KTOStage,
     OnlineStage,
     Recipe,
     RejectionSamplingStage,
@@ -136,7 +137,7 @@ def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
         elif isinstance(stage, RewardStage):
             fields["data"] = stage.data, ("preferences", "rankings")
             fields["normalize_on"] = stage.normalize_on, ("demonstrations",)
-        elif isinstance(stage, DPOStage):
+        elif isinstance(stage, DPOStage | KTOStage):
             fields["data"] = stage.data, ("preferences", "rankings")
         else:
             fields["prompts"] = stage.prompts, WITH_PROMPTS
@@ -204,7 +205,7 @@ def evaluation_card(recipe: Recipe) -> Cards | None:
     if sampling is not None:
         return sampling[1].prompts
     last = tuned[-1]
-    assert isinstance(last, DPOStage)
+    assert isinstance(last, DPOStage | KTOStage)
     return last.data
 
 
@@ -349,7 +350,7 @@ def evaluation_lengths(recipe: Recipe) -> tuple[Truncate, int]:
     if sampling is not None:
         return sampling[1].truncate, new or sampling[1].max_new_tokens
     last = list(recipe.tuned().values())[-1]
-    assert isinstance(last, DPOStage)
+    assert isinstance(last, DPOStage | KTOStage)
     return last.truncate, new or NEW_TOKENS
 
 

@@ -34,7 +34,7 @@ from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.metrics import progress
 from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.recipe import Cards, DPOStage, OnlineStage, PPOStage, RewardStage, SFTStage
+from rlhf_kit.recipe import Cards, DPOStage, KTOStage, OnlineStage, PPOStage, RewardStage, SFTStage
 from rlhf_kit.rollout import logits_held
 from rlhf_kit.sampling import fitting_ids, usual_settings
 
@@ -353,7 +353,7 @@ def operations_per_token(stage: Any, manifest: Mapping[str, Any], prompt_tokens:
     """
     if isinstance(stage, SFTStage | RewardStage):
         return 4.0
-    if isinstance(stage, DPOStage):
+    if isinstance(stage, DPOStage | KTOStage):
         return 6.0  # the reference reads too
     if not isinstance(stage, OnlineStage):
         return None

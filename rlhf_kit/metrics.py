@@ -38,6 +38,7 @@ HEADLINE = (
     "reward/loss",
     "reward/accuracy",
     "dpo/loss",
+    "kto/loss",
     "dpo/accuracy",
     "rejection_sampling/loss",
 )

@@ -86,6 +86,7 @@ STEPS: Mapping[str, str] = {
     "rloo": "RLOO with a KL penalty",
     "grpo": "GRPO",
     "dpo": "DPO",
+    "kto": "KTO",
     "rejection_sampling": "supervised finetuning on the best of several completions",
 }
 """What each kind of stage does, in words."""

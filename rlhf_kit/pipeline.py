@@ -45,6 +45,7 @@ from rlhf_kit.metrics import say
 from rlhf_kit.recipe import (
     Cards,
     DPOStage,
+    KTOStage,
     OnlineStage,
     Publish,
     Recipe,
@@ -583,7 +584,7 @@ def stage_function(settings: Stage) -> Callable[[Job], Outcome]:
         from rlhf_kit.stages import rejection_sampling
 
         return rejection_sampling.run
-    if isinstance(settings, DPOStage):
+    if isinstance(settings, DPOStage | KTOStage):
         from rlhf_kit.stages import dpo
 
         return dpo.run

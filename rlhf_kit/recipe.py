@@ -45,6 +45,7 @@ __all__ = [
     "Evaluation",
     "GRPOStage",
     "Guard",
+    "KTOStage",
     "OnlineStage",
     "PPOStage",
     "PolicyStage",
@@ -172,10 +173,10 @@ class TrainingStage(_Stage):
     max_steps: Count | None = None
     """Optimizer steps; set, it takes the place of epochs."""
     batch_size: Count = 16
-    """Sequences (reward, dpo: prompts, each with all its completions) per optimizer step, over all processes."""
+    """Sequences (reward, dpo, kto: prompts, each with all its completions) per optimizer step, over all processes."""
     microbatch: Count = 8
-    """Sequences (reward, dpo: prompts, of the longest) per forward and backward pass of one process; halved when memory
-    runs out, which changes no step."""
+    """Sequences (reward, dpo, kto: prompts, of the longest) per forward and backward pass of one process; halved when
+    memory runs out, which changes no step."""
     learning_rate: LearningRate = 2e-4
     """Of AdamW, at its peak."""
     schedule: Schedule = "cosine"
@@ -459,8 +460,25 @@ class DPOStage(TunedStage, _Reading):
     """Probability that a label is the wrong way round."""
 
 
+class KTOStage(TunedStage, _Reading):
+    """KTO: as dpo, but every completion counts by itself as desirable or undesirable, by whether it won or lost more of
+    its prompt's pairs.
+    """
+
+    kind: Literal["kto"]
+    """Says which of the kinds of stage this is."""
+    data: Cards
+    """A data card of kind preferences or rankings, or several to mix."""
+    kl_coef: Positive
+    """The beta of the paper, as in dpo."""
+    desirable_weight: Positive = 1.0
+    """Of the loss of a desirable completion."""
+    undesirable_weight: Positive = 1.0
+    """Of the loss of an undesirable one."""
+
+
 Stage = Annotated[
-    SFTStage | RewardStage | PPOStage | RLOOStage | GRPOStage | DPOStage | RejectionSamplingStage,
+    SFTStage | RewardStage | PPOStage | RLOOStage | GRPOStage | DPOStage | KTOStage | RejectionSamplingStage,
     Field(discriminator="kind"),
 ]
 STAGE_KINDS: Mapping[str, type[BaseModel]] = {
@@ -470,6 +488,7 @@ STAGE_KINDS: Mapping[str, type[BaseModel]] = {
     "rloo": RLOOStage,
     "grpo": GRPOStage,
     "dpo": DPOStage,
+    "kto": KTOStage,
     "rejection_sampling": RejectionSamplingStage,
 }
 PolicyStage = (SFTStage, TunedStage)
@@ -482,7 +501,8 @@ class Evaluation(Settings):
     """What the closing table is measured on."""
 
     prompts: Text | None = None
-    """A data card; null takes the held-out prompts of the last stage that samples, else of the last dpo stage."""
+    """A data card; null takes the held-out prompts of the last stage that samples, else of the last stage that tunes a
+    policy."""
     count: Count = 256
     """Prompts, at most."""
     batch_size: Count = 64
@@ -752,7 +772,7 @@ NEEDED: Mapping[str, str] = {
     "policy": "the earlier stage to start from, such as the sft stage",
     "reward": "an earlier reward stage, a model, package.module:function, or the address of a reward server",
     "prompts": "the data card with the prompts",
-    "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2 (dpo: the paper's beta)",
+    "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2 (dpo, kto: the paper's beta)",
     "repo": "owner/name on the Hub",
 }
 """What to write for a required setting."""
@@ -878,13 +898,17 @@ POLICY_KINDS = tuple(kind for kind, settings in STAGE_KINDS.items() if issubclas
 MAY_NAME: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sft": {"init": ("sft",)},
     "reward": {"init": ("sft",)},
-    **{kind: {"policy": POLICY_KINDS, "reward": ("reward",)} for kind in POLICY_KINDS if kind not in ("sft", "dpo")},
-    **{
-        kind: {"policy": POLICY_KINDS, "reward": ("reward",), "watch.gold": ("reward",)}
-        for kind, settings in STAGE_KINDS.items()
-        if issubclass(settings, OnlineStage)
-    },
     "dpo": {"policy": POLICY_KINDS},
+    "kto": {"policy": POLICY_KINDS},
+    **{
+        kind: {
+            "policy": POLICY_KINDS,
+            "reward": ("reward",),
+            **({"watch.gold": ("reward",)} if issubclass(settings, OnlineStage) else {}),
+        }
+        for kind, settings in STAGE_KINDS.items()
+        if issubclass(settings, SamplingStage)
+    },
 }
 """For each kind of stage the fields that name a stage, and of which kinds."""
 

@@ -62,6 +62,18 @@ def centering_penalty(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen + rejected).square()
 
 
+def kto_loss(log_ratio: Tensor, desirable: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
+    """1 - sigmoid(kl_coef (log_ratio - kl)) per desirable completion, 1 - sigmoid(kl_coef (kl - log_ratio)) else; [N].
+
+    log_ratio [N]: of policy to reference, in nats. desirable [N] bool. kl: a scalar, the KL to compare with, from
+    completions of other prompts; it is 0 or more and has no gradient.
+
+    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", equation 8, without the
+    weights.
+    """
+    return 1 - torch.sigmoid(kl_coef * torch.where(desirable, log_ratio - kl, kl - log_ratio))
+
+
 def language_modelling_loss(logprobs: Tensor, tokens: Tensor | float) -> Tensor:
     """-sum of `logprobs` [n] / `tokens`, a scalar in nats: L1 of L3 = L2 + lambda L1, as a mean over tokens.
 

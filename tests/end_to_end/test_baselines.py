@@ -1,4 +1,4 @@
-"""DPO, RLOO, GRPO and rejection sampling beside PPO, from one SFT policy, through the command line."""
+"""DPO, KTO, RLOO, GRPO and rejection sampling beside PPO, from one SFT policy, through the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_kit.models import read_adapter
 from tests.end_to_end import chain
 
 TRAINING = {"batch_size": 8, "microbatch": 4, "learning_rate": 0.005, "max_steps": 3}
-BESIDE = ("dpo", "rloo", "grpo", "best")
+BESIDE = ("dpo", "kto", "rloo", "grpo", "best")
 PAGE = (chain.ROOT / "docs" / "reference" / "metrics.md").read_text()
 
 
@@ -27,6 +27,7 @@ def write_recipe(folder, drop=(), **settings):
     asked = {key: stages["ppo"][key] for key in ("policy", "reward", "prompts", "max_new_tokens", "microbatch")}
     online = {**asked, "kl_coef": 0.05, "updates": 2, "batch_size": 8, "learning_rate": 0.003}
     stages["dpo"] = {"kind": "dpo", "policy": "sft", "data": stages["reward"]["data"], "kl_coef": 0.1, **TRAINING}
+    stages["kto"] = {**stages["dpo"], "kind": "kto"}
     stages["rloo"] = {"kind": "rloo", **online}
     stages["grpo"] = {"kind": "grpo", **online, "minibatches": 2}
     stages["best"] = {"kind": "rejection_sampling", **asked, "completions_per_prompt": 4, **TRAINING}
@@ -67,9 +68,9 @@ def test_stages_leave_what_the_contract_says(finished):
         stage = folder / "run" / name
         manifest = read_manifest(stage)
         assert manifest is not None
-        assert set(manifest["inputs"]) == ({"sft"} if name == "dpo" else {"sft", "reward"})
+        assert set(manifest["inputs"]) == ({"sft"} if name in ("dpo", "kto") else {"sft", "reward"})
         assert manifest["settings"]["policy"] == "sft" and manifest["metrics"] and manifest["data"]
-        assert (stage / "samples.jsonl").is_file() == (name != "dpo")
+        assert (stage / "samples.jsonl").is_file() == (name not in ("dpo", "kto"))
         assert not (stage / "checkpoints").exists()
         lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
         logged = set().union(*lines) - {"step"}
@@ -83,7 +84,7 @@ def test_a_second_run_does_nothing_and_only_runs_one(finished):
     folder, _ = finished
     recipe, out = folder / "chain.yaml", folder / "run"
     again = chain.run_chain(recipe, out)
-    assert again.stderr.count("finished already") == 7
+    assert again.stderr.count("finished already") == 8
     before = read_manifest(out / "dpo")
     only = chain.run("run", str(recipe), "--out", str(out), "--only", "dpo", "--set", "stages.dpo.kl_coef=0.2")
     assert only.returncode == 0, only.stderr[-3000:]
@@ -110,7 +111,7 @@ def test_each_is_a_policy_to_use(finished, tmp_path):
 
 def test_dpo_needs_no_reward_model(tmp_path):
     """Without a reward and a gold scorer the table has KL and length, and nobody is said to win."""
-    recipe = write_recipe(tmp_path, drop=("ppo", "rloo", "grpo", "best", "reward"))
+    recipe = write_recipe(tmp_path, drop=("ppo", "kto", "rloo", "grpo", "best", "reward"))
     printed = chain.run_chain(recipe, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {name: set(figures) for name, figures in summary["systems"].items()} == {
@@ -120,12 +121,12 @@ def test_dpo_needs_no_reward_model(tmp_path):
 
 
 def test_two_processes_do_the_work_of_one(tmp_path):
-    """DPO, RLOO and rejection sampling take the same steps in two processes as in one, up to the order of sums."""
+    """DPO, KTO, RLOO and rejection sampling take the same steps in two processes as in one, up to the order of sums."""
     recipe = write_recipe(tmp_path, drop=("ppo", "grpo"))
-    few = [f"stages.{name}.microbatch=2" for name in ("sft", "reward", "dpo", "rloo", "best")]
+    few = [f"stages.{name}.microbatch=2" for name in ("sft", "reward", "dpo", "kto", "rloo", "best")]
     chain.run_chain(recipe, tmp_path / "one", *few)
     chain.run_chain(recipe, tmp_path / "two", *few, processes=2)
-    for name in ("dpo", "rloo", "best"):
+    for name in ("dpo", "kto", "rloo", "best"):
         one, two = (read_adapter(tmp_path / out / name / "adapter") for out in ("one", "two"))
         start = read_adapter(tmp_path / "one" / "sft" / "adapter")
         moved = max(float((one[key] - start[key]).abs().max()) for key in one)

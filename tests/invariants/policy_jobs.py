@@ -30,6 +30,7 @@ def not_a_number(prompts, completions):
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"kl_coef": 0.1, "batch_size": 8, "microbatch": 4, "learning_rate": 0.005, "epochs": 2},
+    "kto": {"kl_coef": 0.1, "batch_size": 8, "microbatch": 4, "learning_rate": 0.005, "epochs": 2},
     "rejection_sampling": {
         "completions_per_prompt": 4,
         "sampled_at_once": 16,
@@ -72,7 +73,7 @@ def make_job(
     pairs = tiny.write_card(folder, "pairs", "preferences", tiny.preferences(), heldout=0.2)
     ranked = tiny.write_card(folder, "ranked", "rankings", tiny.rankings(), heldout=0.2)
     shown = tiny.write_card(folder, "shown", "demonstrations", tiny.demonstrations(), heldout=0.1)
-    reads = {"data": str(pairs)} if kind == "dpo" else {"prompts": str(prompts), "reward": "reward"}
+    reads = {"data": str(pairs)} if kind in ("dpo", "kto") else {"prompts": str(prompts), "reward": "reward"}
     stages = {
         "sft": {"kind": "sft", "data": str(shown)},
         "reward": {"kind": "reward", "init": "sft", "data": str(pairs)},

@@ -27,7 +27,11 @@ sys.argv = ["mkdocs", "build", "--strict", "--site-dir", sys.argv[1]]
 runpy.run_module("mkdocs", run_name="__main__")
 """
 LOADS = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("object", "data")}
-KINDS = {"training.py": ("sft", "reward", "dpo", "rejection_sampling"), "ppo.py": ("ppo", "rloo", "grpo")}
+KINDS = {
+    "training.py": ("sft", "reward", "dpo", "kto", "rejection_sampling"),
+    "ppo.py": ("ppo", "rloo", "grpo"),
+    "dpo.py": ("dpo", "kto"),
+}
 """The kinds of stage that log names with their kind in front, by where these names stand."""
 GROUPS = "|".join(["objective", "value", "rollout", "time", "throughput", "memory", *sum(KINDS.values(), ())])
 
