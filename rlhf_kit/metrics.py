@@ -235,3 +235,40 @@ def tracking(
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers.clear()
+
+
+def track_samples(accelerator: "Accelerator", samples: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Show rows of `samples.jsonl` as a table in the trackers of `tracking`, each in its own way."""
+    columns = [name for name in samples[0] if name != "step"] if samples else []
+    rows = [[_cell(sample[name]) for name in columns] for sample in samples]
+    for tracker in accelerator.trackers if samples else ():
+        if tracker.name == "wandb":
+            tracker.log_table("samples", columns=columns, data=rows, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({"samples": trackio.Table(columns=columns, data=rows)}, step=step)
+        elif tracker.name == "mlflow":
+            import mlflow
+
+            mlflow.log_text(_markdown(columns, rows), f"samples/step-{step}.md")
+        else:
+            tracker.tracker.add_text("samples", _markdown(columns, rows), global_step=step)  # TensorBoard
+
+
+def _cell(value: Any) -> Any:
+    """A value of a sample as a cell: chat messages as text."""
+    if isinstance(value, list):
+        return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown; what would end a cell is put otherwise, and markup stays text."""
+
+    def cell(value: Any) -> str:
+        text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+        return text.replace("\n", "<br>")
+
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join(map(cell, row))} |" for row in rows)])

@@ -37,7 +37,7 @@ from rlhf_kit.examples import prompts_of
 from rlhf_kit.generation import derived_seed, seed_generators, uniforms
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
 from rlhf_kit.maths.schedules import learning_rate_factor
-from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
+from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say, track_samples
 from rlhf_kit.models import SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.ptx import PTX
@@ -865,6 +865,7 @@ class PPO:
             for row in range(min(SAMPLES, len(written.texts)))
         ]
         artifacts.append_lines(self.samples, samples)
+        track_samples(self.accelerator, samples, update + 1)
 
 
 def masked_means(mask: Tensor, count: float, *figures: Tensor) -> Tensor:

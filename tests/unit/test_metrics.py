@@ -9,12 +9,13 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 
 import pytest
 
 from rlhf_kit import metrics
 from rlhf_kit.errors import InputError
-from rlhf_kit.metrics import MetricLog, duration, peak_bytes, progress, read_metrics, say, tracking
+from rlhf_kit.metrics import MetricLog, duration, peak_bytes, progress, read_metrics, say, track_samples, tracking
 
 
 @pytest.fixture
@@ -236,3 +237,40 @@ def test_a_tracker_that_is_not_installed_is_an_input_error(tmp_path, monkeypatch
 def test_peak_memory_is_in_bytes():
     """A Python process with these tests loaded holds between 20 MB and 50 GB: neither KiB nor MB."""
     assert 20e6 < peak_bytes() < 50e9
+
+
+ASKED = [{"role": "user", "content": "Hi"}]
+SAMPLES = [{"step": 3, "prompt": ASKED, "completion": "a | <b>\nc", "score": 0.123456, "ended": True}]
+
+
+def test_tensorboard_shows_samples_as_a_table(tmp_path):
+    """A cell keeps its text: a bar ends none, a line break breaks none, markup is not obeyed."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    with tracking(accelerator, ["tensorboard"], project="p", stage="ppo", folder=tmp_path, settings={}):
+        track_samples(accelerator, SAMPLES, 3)
+        track_samples(accelerator, [], 4)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "p"))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    table = event.tensor_proto.string_val[0].decode()
+    assert event.step == 3
+    assert table.splitlines()[0] == "| prompt | completion | score | ended |"
+    assert table.splitlines()[2] == "| user: Hi | a &#124; &lt;b><br>c | 0.1235 | True |"
+
+
+def test_wandb_gets_a_table_of_its_own():
+    """By accelerate's call, whose table has our columns."""
+    told = []
+
+    class Tracker:
+        name = "wandb"
+
+        def log_table(self, name, columns, data, step):
+            told.append((name, columns, data, step))
+
+    track_samples(types.SimpleNamespace(trackers=[Tracker()]), SAMPLES, 3)
+    columns = ["prompt", "completion", "score", "ended"]
+    assert told == [("samples", columns, [["user: Hi", "a | <b>\nc", 0.1235, True]], 3)]
