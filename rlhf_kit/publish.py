@@ -36,7 +36,7 @@ from rlhf_kit.recipe import cards_of, written_recipe
 from rlhf_kit.settings import HUB_ID, without_local_paths
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
-RUN_FILES = (artifacts.ENVIRONMENT, artifacts.SUMMARY, "eval.json", artifacts.REPORT)
+RUN_FILES = (artifacts.ENVIRONMENT, artifacts.SUMMARY, artifacts.EVAL, artifacts.REPORT)
 OF_A_NEW_REPOSITORY = {".gitattributes"}
 SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
@@ -141,7 +141,8 @@ def contents(run: FinishedRun, stage: str, repo: str, base_licence: str | None) 
     files |= {inside: _read(Path(path)) for path, inside in cards.items()}
     files[artifacts.RECIPE] = _recipe(run).encode()
     described = [_described(Path(path)) for path in cards]
-    card, warnings = model_card(run.recipe, stage, manifests, _summary(run), repo, described, base_licence)
+    summary, evaluation = _written(run, artifacts.SUMMARY) or {}, _written(run, artifacts.EVAL)
+    card, warnings = model_card(run.recipe, stage, manifests, summary, evaluation, repo, described, base_licence)
     files["README.md"] = card.encode()
     return files, warnings
 
@@ -218,9 +219,10 @@ def _recipe(run: FinishedRun) -> str:
     return write_yaml(without_local_paths(moved(data)))
 
 
-def _summary(run: FinishedRun) -> dict[str, Any]:
-    path = run.folder / artifacts.SUMMARY
-    return artifacts.read_json(path) if path.is_file() else {}
+def _written(run: FinishedRun, name: str) -> dict[str, Any] | None:
+    """Return a JSON file of the run directory, None where it is not there."""
+    path = run.folder / name
+    return artifacts.read_json(path) if path.is_file() else None
 
 
 def refuse_secrets(files: Mapping[str, bytes]) -> None:

@@ -178,7 +178,11 @@ class Watch:
                 "rollback": f"the stage ends with the policy of update {guard.best['update']:.0f}, the best watched",
             }
             say(f"{self.name}: guard: update {look.update}: {guard.acted['why']}; {then[guard.settings.action]}")
-        return {f"guard/{name}": value for name, value in figures.items()}
+        return {
+            "guard/change": figures["change"],
+            "guard/change_error": figures["change_error"],
+            "guard/alarms": figures["alarms"],
+        }
 
     @property
     def over(self) -> bool:

@@ -21,6 +21,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"data_files"},
     {"examples", "batches", "chat_templates"},
     {"collate", "check", "audit", "guard", "health", "kl_doctor"},
+    {"story", "drawings"},
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces", "remote_reward"},
     {"rollout", "evaluation", "training", "preview", "finished", "watch", "ptx"},
@@ -30,7 +31,6 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"publish"},
     {"chat", "serving"},
     {"stages"},
-    {"story", "drawings"},
     {"report", "closing", "quickstart"},
     {"pipeline"},
     {"__main__", ""},  # "" is the package's own __init__
