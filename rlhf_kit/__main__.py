@@ -276,6 +276,10 @@ def evaluate(
     best_of: Annotated[int, typer.Option(min=1, help="Samples a prompt for best-of-n; 1 leaves it out.")] = 64,
     best_of_prompts: Annotated[int, typer.Option(min=2, help="Prompts for best-of-n.")] = 64,
     text: Annotated[Path | None, typer.Option(metavar="CARD", help="Texts to measure the perplexity on.")] = None,
+    preferences: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CARD", help="Comparisons to measure the reward model on. Repeatable."),
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="A language model that says which answer is better.")
     ] = None,
@@ -310,6 +314,7 @@ def evaluate(
         best_of=best_of,
         best_of_prompts=best_of_prompts,
         text=text,
+        preferences=tuple(preferences or ()),
         batch_size=batch_size,
         judge=judges.HumanJudge(human) if human else judges.LocalJudge(judge, found.shared.device) if judge else None,
         pairs_out=pairs_out,

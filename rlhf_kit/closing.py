@@ -69,6 +69,17 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
         yield table
         for name, place in measured["frontier"].items():
             yield Text(f"{name}: {frontier_line(place, best['samples'])}")
+    for name, found in measured["reward_sets"].items():
+        low, high = (_percent(end) for end in found["accuracy_ci"])
+        yield Text(
+            f"\nreward model on {name}   {_percent(found['accuracy'])} of {found['pairs']} pairs, {low} to {high}"
+        )
+        for column, parts in found["slices"].items():
+            table = _plain_table([column, "accuracy", "95 % interval", "pairs"])
+            for part, rate in parts.items():
+                low, high = (_percent(end) for end in rate["accuracy_ci"])
+                table.add_row(part, _percent(rate["accuracy"]), f"{low} to {high}", str(rate["pairs"]))
+            yield table
     yield Text()
     yield Text(f"figures   {folder / artifacts.EVAL}")
     yield Text(f"report    {folder / artifacts.REPORT}")

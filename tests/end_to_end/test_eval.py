@@ -147,6 +147,37 @@ def test_another_run_joins(finished, tmp_path):
     assert found["win_rate"][f"ppo/{name}"]["rate"] == 0.5 and found["win_rate"][f"ppo/{name}"]["ties"] == 1
 
 
+def test_the_reward_model_on_other_pairs(finished, tmp_path):
+    """As `rlhf-kit score` has it, by subset; of the pairs that it was trained on the held-out ones alone."""
+    rows = [{**row, "subset": "even" if n % 2 == 0 else "odd"} for n, row in enumerate(tiny.preferences())]
+    other = tiny.write_card(
+        tmp_path, "bench", "preferences", [{**row, "chosen": row["chosen"] + " x"} for row in rows], slices=["subset"]
+    )
+    trained = finished.parent / "pairs.md"
+    arguments = ("--preferences", str(other), "--preferences", str(trained))
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--stages", "sft,ppo", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((finished / "eval.json").read_text())["reward_sets"]
+    assert found["bench"]["pairs"] == len(rows)
+    assert sum(part["pairs"] for part in found["bench"]["slices"]["subset"].values()) == len(rows)
+    health = json.loads((finished / "reward" / "manifest.json").read_text())["health"]
+    assert found["pairs"]["pairs"] == health["pairs"] and found["pairs"]["accuracy"] == health["accuracy"]
+    assert found["pairs"]["calibration"]["error"] == pytest.approx(health["calibration"]["error"], abs=1e-5)
+    answers = tmp_path / "answers.jsonl"
+    sides = [
+        {"prompt": row["prompt"], "completion": row[side] + " x" * (side == "chosen")}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in sides))
+    scored = chain.run("score", str(finished), str(answers))
+    scores = [json.loads(line)["score"] for line in scored.stdout.splitlines()]
+    right = sum(
+        (better > worse) + (better == worse) / 2 for better, worse in zip(scores[::2], scores[1::2], strict=True)
+    )
+    assert found["bench"]["accuracy"] == pytest.approx(right / len(rows))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
