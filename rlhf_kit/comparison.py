@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_kit import artifacts, health, sampling
+from rlhf_kit import artifacts, benchmark_tasks, health, sampling
 from rlhf_kit.check import evaluation_card, evaluation_lengths
 from rlhf_kit.collate import (
     IGNORED,
@@ -72,6 +72,10 @@ class Asked:
     """A data card; None takes the ptx texts, or the demonstrations of the SFT stage."""
     preferences: tuple[Path, ...] = ()
     """Data cards of comparisons that the reward model is measured on."""
+    tasks: tuple[str, ...] = ()
+    """Of lm-evaluation-harness: names, or YAML files."""
+    fewshot: int | None = None
+    task_limit: int | None = None
     batch_size: int | None = None
     judge: Judge | None = None
     pairs_out: Path | None = None
@@ -202,6 +206,7 @@ class Comparison:
             "best_of_n": None,
             "frontier": {},
             "text": self._text(),
+            "tasks": self._tasks(),
             "reward_sets": dict(map(self._reward_set, self.asked.preferences)),
             "cost": self._cost(),
             "examples": self._examples_shown(answers),
@@ -337,6 +342,19 @@ class Comparison:
         overlaps = [health.overlap(prompt, text) for prompt, text in texts]
         answers = health.Answers(scores, scores * reward.std + reward.mean, np.asarray(lengths), np.asarray(overlaps))
         return examples.card.name, health.report(health.pairs_of(groups.rows), answers, kept, {}, {})
+
+    def _tasks(self) -> dict[str, Any]:
+        """Return what every system reaches on the tasks, by task."""
+        if not self.asked.tasks:
+            return {}
+        return benchmark_tasks.accuracies(
+            self.run,
+            self.systems,
+            self.asked.tasks,
+            fewshot=self.asked.fewshot,
+            limit=self.asked.task_limit,
+            batch_size=self.examination.pieces.size,
+        )
 
     def _text(self) -> dict[str, Any] | None:
         """Return the perplexity of every system on held-out text, and its change from the reference's."""

@@ -26,7 +26,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces", "remote_reward"},
     {"rollout", "evaluation", "training", "preview", "finished", "watch", "ptx"},
     {"supervised"},
-    {"sampling", "merge", "model_card", "judges"},
+    {"sampling", "merge", "model_card", "judges", "benchmark_tasks"},
     {"comparison"},
     {"publish"},
     {"chat", "serving"},

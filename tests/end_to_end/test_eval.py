@@ -178,6 +178,49 @@ def test_the_reward_model_on_other_pairs(finished, tmp_path):
     assert found["bench"]["accuracy"] == pytest.approx(right / len(rows))
 
 
+TASK = """
+task: where_things_are
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{[good, bad]}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_tasks_of_the_harness(finished, tmp_path):
+    """On one base: the accuracies are those of the log-probabilities that the loaded models give."""
+    rows = [
+        {"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in tiny.preferences()[:12]
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "where.yaml"
+    task.write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    arguments = ("--best-of", "1", "--stages", "base,ppo", "--tasks", str(task))
+    ended = chain.run("eval", str(finished), *arguments)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads((finished / "eval.json").read_text())["tasks"]["where_things_are"]
+    assert "where_things_are" in ended.stdout
+    model, tokenizer = load(finished, "ppo")
+
+    def logprob(question, answer):
+        asked = len(tokenizer(question)["input_ids"])
+        ids = torch.tensor([tokenizer(question + answer)["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+        return float(logprobs[range(asked - 1, ids.shape[1] - 1), ids[0, asked:]].sum())
+
+    right = [logprob(row["question"], row["good"]) > logprob(row["question"], row["bad"]) for row in rows]
+    assert found["ppo"]["acc"] == pytest.approx(sum(right) / len(right))
+    assert found.keys() == {"base", "ppo"}
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--tasks", "where_things_aer")
+    assert ended.returncode == 2 and "lm-eval has no such task" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
