@@ -18,9 +18,11 @@ from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, Validati
 from rlhf_kit.errors import InputError, did_you_mean, printable
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml, write_yaml
 from rlhf_kit.settings import (
+    HUB,
     HUB_ID,
     Count,
     Fraction,
+    HubReference,
     NonNegative,
     Positive,
     Settings,
@@ -28,6 +30,7 @@ from rlhf_kit.settings import (
     TextOrTexts,
     explain,
     find_path,
+    hub_reference,
     matching,
     not_found,
     read_text,
@@ -180,7 +183,8 @@ class SFTStage(_Training):
     kind: Literal["sft"]
     """Says which of the kinds of stage this is."""
     init: Text | None = None
-    """An earlier sft stage whose adapter this one goes on from."""
+    """What this one goes on from: an earlier sft stage; or the adapter of a causal language model in a folder or on the
+    Hub (hub://OWNER/NAME[/SUBFOLDER][@REVISION]), whose rank and targets it then keeps."""
     data: Cards
     """A data card of kind demonstrations or text, or several to mix."""
 
@@ -195,7 +199,7 @@ class RewardStage(_Training):
     kind: Literal["reward"]
     """Says which of the kinds of stage this is."""
     init: Text | None = None
-    """An earlier sft stage whose adapter the reward adapter starts as a copy of."""
+    """What the reward adapter starts as a copy of: an earlier sft stage, or an adapter in a folder or on the Hub."""
     data: Cards
     """A data card of kind preferences or rankings, or several to mix."""
     normalize_on: Text | None = None
@@ -227,9 +231,11 @@ class PPOStage(_Stage):
     kind: Literal["ppo"]
     """Says which of the kinds of stage this is."""
     policy: Text
-    """An earlier sft or ppo stage: where the policy starts, and the KL reference."""
+    """Where the policy starts, and the KL reference: an earlier sft or ppo stage, or an adapter in a folder or on the
+    Hub."""
     reward: Text
-    """An earlier reward stage; or a folder or Hub id of a sequence classification model; or package.module:function."""
+    """An earlier reward stage; or a folder or hub://OWNER/NAME[/SUBFOLDER][@REVISION] of a reward model, as an adapter
+    or as a sequence classification model; or package.module:function."""
     prompts: Cards
     """A data card of kind prompts, or several; of demonstrations, preferences and rankings the prompts are used."""
     kl_coef: NonNegative
@@ -383,6 +389,33 @@ class Recipe(Settings):
         if settings.reward in self.stages:
             return "stage"
         return "function" if FUNCTION.fullmatch(settings.reward) else "model"
+
+    def foreign(self, stage: str) -> dict[str, str]:
+        """Return the fields of a stage that name a folder or a repository of the Hub, and what they name."""
+        named = {field: name for field, name, _ in _references(self.stages[stage].model_dump())}
+        return {
+            field: name
+            for field, name in named.items()
+            if name not in self.stages and not (field == "reward" and FUNCTION.fullmatch(name))
+        }
+
+    def start_of(self, stage: str) -> str:
+        """Return the name of the policy that a ppo stage starts from: a stage's, or "start of" the first such stage."""
+        settings = self.stages[stage]
+        assert isinstance(settings, PPOStage)
+        return settings.policy if settings.policy in self.stages else self._starts()[settings.policy]
+
+    def starts(self) -> dict[str, str]:
+        """Return the policies that ppo stages start from and no stage has made, by the name that results give them."""
+        return {name: written for written, name in self._starts().items()}
+
+    def _starts(self) -> dict[str, str]:
+        first: dict[str, str] = {}
+        for name in self.stages:
+            written = self.foreign(name).get("policy")
+            if written is not None:
+                first.setdefault(written, f"start of {name}")
+        return first
 
     def depends_on(self, stage: str) -> list[str]:
         """Return the names of the earlier stages that a stage builds on, in the order in which its fields name them."""
@@ -539,7 +572,7 @@ NEEDED: Mapping[str, str] = {
     "kind": "sft, reward or ppo",
     "data": "the data card to learn from",
     "card": "a data card, such as data_cards/mine.md",
-    "policy": "the earlier sft stage to start from",
+    "policy": "the earlier sft stage to start from, or an adapter",
     "reward": "an earlier reward stage, a model, or package.module:function",
     "prompts": "the data card with the prompts",
     "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2",
@@ -662,7 +695,7 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
             if target == name:
                 yield at, "a stage cannot build on itself"
             elif target not in stages:
-                if key == "reward" and (FUNCTION.fullmatch(target) or _names_a_model(target, folder)):
+                if _names_a_model(target, folder) or (key == "reward" and FUNCTION.fullmatch(target)):
                     continue
                 yield at, f"there is no stage {target}{did_you_mean(target, [n for n in stages if n != name])}"
             elif order[target] > order[name]:
@@ -693,8 +726,9 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
                     if isinstance(portion, dict):
                         at = ("stages", name, key, index, "card")
                         yield from _file(portion, "card", at, folder, look, "data card")
-            if _names_a_model(stage.get("reward"), folder) and stage["reward"] not in stages:
-                yield from _model(stage, "reward", ("stages", name, "reward"), folder, look)
+            for key, target, _ in _references(stage):
+                if _names_a_model(target, folder) and target not in stages:
+                    yield from _artefact(stage, key, ("stages", name, key), folder, look)
     if isinstance(evaluation, dict):
         yield from _file(evaluation, "prompts", ("evaluation", "prompts"), folder, look, "data card")
 
@@ -711,10 +745,25 @@ def _unpinned_code(base: dict[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _names_a_model(reward: Any, folder: Path) -> bool:
-    if not isinstance(reward, str) or FUNCTION.fullmatch(reward):
+def _names_a_model(target: str, folder: Path) -> bool:
+    """Whether what is no stage is written as a folder or a repository of the Hub."""
+    if FUNCTION.fullmatch(target):
         return False
-    return re.search("[/:]", reward) is not None or any((place / reward).is_dir() for place in (folder, Path()))
+    return re.search("[/:]", target) is not None or any((place / target).is_dir() for place in (folder, Path()))
+
+
+def _artefact(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: bool) -> Iterator[Problem]:
+    """Yield what is wrong with the name of an adapter or a model; a reward model of the Hub may lack its hub://."""
+    written = settings[key]
+    if written.startswith(HUB):
+        if hub_reference(written) is None:
+            yield at, f"must be written {HubReference.FORM}; seen {written[:80]}"
+        return
+    if key != "reward" and HUB_ID.fullmatch(written) and find_path(written, [folder, Path()]) is None:
+        if look:
+            yield at, f"there is no folder {written}; on the Hub it is {HUB}{written}"
+        return
+    yield from _model(settings, key, at, folder, look)
 
 
 def _file(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: bool, what: str) -> Iterator[Problem]:
