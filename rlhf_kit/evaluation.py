@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from rlhf_kit.collate import TextFormat, compared, left_pad, tokenise_prompts
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Examples, Preference, Prompt, Ranking, prompts_of
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.maths import kl, statistics
 from rlhf_kit.metrics import progress, say
@@ -26,7 +27,7 @@ from rlhf_kit.models import BASE, SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage
 from rlhf_kit.rollout import completion_logprobs, completion_states, unscored
-from rlhf_kit.scorers import Scorer, Written, add_reward_role, call_function, external_scorer, load_function
+from rlhf_kit.scorers import Scorer, Written, add_reward_role, call_function, load_function, scorer_of
 
 SHOWN_PROMPTS = 3
 
@@ -59,12 +60,14 @@ def summarise(
     folder: Path,
     manifests: Mapping[str, Mapping[str, Any]],
     examples: Mapping[Cards, Examples],
+    artefacts: Mapping[str, Foreign],
     text_format: TextFormat,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Return `summary.json` of a run whose stages are finished.
 
-    folder: the run directory; manifests: by stage; examples: by data card, as the recipe names it.
+    folder: the run directory; manifests: by stage; examples and artefacts, which no stage made: as the recipe names
+    them.
     A recipe without a PPO stage has no systems to compare.
     """
     summary: dict[str, Any] = {
@@ -77,13 +80,13 @@ def summarise(
     ppo_stages = [name for name, stage in recipe.stages.items() if isinstance(stage, PPOStage)]
     if not ppo_stages:
         return summary
-    prompts, systems = _answers(recipe, folder, manifests, examples, text_format, accelerator, ppo_stages)
+    prompts, systems = _answers(recipe, folder, manifests, examples, artefacts, text_format, accelerator, ppo_stages)
     summary["systems"] = {name: system.figures() for name, system in systems.items()}
     for name in ppo_stages:
-        before = recipe.stages[name].policy  # type: ignore[union-attr]
+        before = recipe.start_of(name)
         summary["win_rate"][f"{name}/{before}"] = _win_rate(systems[name], systems[before])
     last = ppo_stages[-1]
-    first = recipe.stages[last].policy  # type: ignore[union-attr]
+    first = recipe.start_of(last)
     summary["examples"] = [
         {"prompt": prompt, first: systems[first].texts[row], last: systems[last].texts[row]}
         for row, prompt in enumerate(prompts[:SHOWN_PROMPTS])
@@ -136,11 +139,14 @@ def _answers(
     folder: Path,
     manifests: Mapping[str, Mapping[str, Any]],
     examples: Mapping[Cards, Examples],
+    artefacts: Mapping[str, Foreign],
     text_format: TextFormat,
     accelerator: Accelerator,
     ppo_stages: Sequence[str],
 ) -> tuple[list[Prompt], dict[str, System]]:
-    """Return the held-out prompts and what base, SFT stages and PPO stages answer, on one shared base."""
+    """Return the held-out prompts and what base, policies that others made, SFT stages and PPO stages answer, on one
+    shared base.
+    """
     settings, last = recipe.evaluation, recipe.stages[ppo_stages[-1]]
     assert isinstance(last, PPOStage)
     limit = settings.max_new_tokens or last.max_new_tokens
@@ -157,12 +163,15 @@ def _answers(
     names = [name for name, stage in recipe.stages.items() if isinstance(stage, SFTStage | PPOStage)]
     for name in names:
         shared.add(name, folder / name / "adapter")
+    for name, written in recipe.starts().items():
+        shared.add(name, artefacts[written].folder)
+    names = [*recipe.starts(), *names]
     mean, std = (manifests[ppo_stages[-1]]["score_normalisation"][key] for key in ("mean", "std"))
     scorer: Scorer
     if last.reward in recipe.stages:
         scorer = add_reward_role(shared, "reward model", folder / last.reward / "adapter")
     else:
-        scorer = external_scorer(last.reward, shared.device)
+        scorer = scorer_of(shared, "reward model", last.reward, artefacts)
     gold = settings.gold and (settings.gold, load_function(settings.gold))
 
     pieces = Pieces("evaluation.batch_size", settings.batch_size, "prompts", accelerator)
@@ -194,7 +203,7 @@ def _answers(
                 raise InputError(f"{last.reward}: a held-out completion of {role} has a score that is NaN or infinite.")
             logprobs = [
                 completion_logprobs(shared, completion_states(shared, who, rollout), rollout, last.temperature)
-                for who in (role, last.policy)
+                for who in (role, recipe.start_of(ppo_stages[-1]))
             ]
             texts += written
             scores += ((raw - mean) / std).tolist()

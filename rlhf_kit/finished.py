@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rlhf_kit import artifacts, models
+from rlhf_kit import artifacts, foreign, models
 from rlhf_kit.collate import TextFormat, load_text_format
 from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, written_recipe
-from rlhf_kit.scorers import Scorer, Written, add_reward_role, external_scorer
+from rlhf_kit.scorers import Scorer, Written, add_reward_role, scorer_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,35 @@ class FinishedRun:
         return done[-1] if done else BASE
 
     def start_of(self, stage: str) -> str:
-        """Return what a policy started from: a PPO stage's SFT policy, else the base."""
-        settings = self.recipe.stages.get(stage)
-        return settings.policy if isinstance(settings, PPOStage) else BASE
+        """Return what a policy started from: a PPO stage's reference policy, else the base."""
+        return self.recipe.start_of(stage) if isinstance(self.recipe.stages.get(stage), PPOStage) else BASE
+
+    @cached_property
+    def foreign(self) -> dict[str, Foreign]:
+        """What the stages started from or score with that none of them made, by what the recipe names.
+
+        Raises: InputError when it cannot be had any more, or is another one by now.
+        """
+        recorded = dict(self._recorded_foreign())
+        commits = {written: source["commit"] for written, source in recorded.items() if "commit" in source}
+        artefacts, problems = foreign.of_recipe(self.recipe, commits=commits)
+        problems += [
+            f"{written}: is not what {self.folder} was made from (content {artefacts[written].sha256[:12]} and "
+            f"{source['sha256'][:12]}); put it back"
+            for written, source in recorded.items()
+            if written in artefacts and artefacts[written].sha256 != source["sha256"]
+        ]
+        if problems:
+            raise InputError(problems)
+        return artefacts
+
+    def _recorded_foreign(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what the recipe names and what the manifests of finished stages tell of it."""
+        for stage in self.recipe.stages:
+            inputs = (artifacts.read_manifest(self.folder / stage) or {}).get("inputs", {})
+            for written in self.recipe.foreign(stage).values():
+                if (source := inputs.get(foreign.input_name(written))) is not None:
+                    yield written, source
 
     @cached_property
     def text_format(self) -> TextFormat:
@@ -104,6 +132,9 @@ class FinishedRun:
         """
         if stage == BASE:
             return BASE
+        if stage in (starts := self.recipe.starts()):
+            self.shared.add(stage, self.foreign[starts[stage]].folder)
+            return stage
         manifest = self.manifest(stage)
         if stage not in self.policies():
             wanted = ", ".join([BASE, *self.policies()])
@@ -124,7 +155,8 @@ class FinishedRun:
         if isinstance(settings, RewardStage):
             scorer = add_reward_role(self.shared, f"reward model {name}", self.folder / name / "adapter")
         elif isinstance(settings, PPOStage) and stage is None:
-            scorer = external_scorer(settings.reward, self.shared.device)
+            artefacts = self.foreign if self.recipe.reward_source(name) == "model" else {}
+            scorer = scorer_of(self.shared, f"reward of {name}", settings.reward, artefacts)
         else:
             raise InputError(f"{name}: is a stage of kind {manifest['kind']}; a stage of kind reward gives scores.")
         unit = manifest["score_normalisation"]

@@ -162,11 +162,12 @@ def _snapshot(reference: HubReference) -> Path:
 def names_on_hub(reference: HubReference) -> set[str]:
     """Return the names of the files in a folder of the Hub, whether they were fetched or not; none if it cannot say."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     level = f"{reference.subfolder}/" if reference.subfolder else ""
     try:
         names = HfApi().list_repo_files(reference.repo, revision=reference.revision)
-    except (OSError, ValueError):
+    except (HTTPError, OSError, ValueError):
         return set()
     return {name.removeprefix(level) for name in names if name.startswith(level)}
 

@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, report, scorers
+from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, repeat, report, scorers
 from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
@@ -40,10 +40,11 @@ from rlhf_kit.collate import (
 from rlhf_kit.errors import InputError, Interrupted, NotPushed, did_you_mean, first_line
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
+from rlhf_kit.foreign import Foreign, input_name
 from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
 from rlhf_kit.recipe import Cards, PPOStage, Publish, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml
-from rlhf_kit.settings import without_local_paths
+from rlhf_kit.settings import HUB, without_local_paths
 from rlhf_kit.stages import Job, Outcome, StopRequest
 from rlhf_kit.token_cache import tokenised
 
@@ -74,7 +75,7 @@ class Run:
 
 
 def run(
-    recipe_path: Path,
+    recipe_path: Path | str,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     out: Path | None = None,
     *,
@@ -82,24 +83,39 @@ def run(
     fresh: bool = False,
 ) -> Run:
     """Run the stages of a recipe that are not finished, then measure the result; see `rlhf_kit.run`."""
-    recipe = load_recipe(recipe_path, _as_written(overrides))
+    published = repeat.fetched(str(recipe_path)) if str(recipe_path).startswith(HUB) else None
+    with repeat.explained(published):
+        recipe = load_recipe(published.recipe if published else recipe_path, _as_written(overrides))
+    if published is not None:
+        recipe = repeat.as_repeated(published, recipe, list(_as_written(overrides)))
     if only is not None and only not in recipe.stages:
         raise InputError(f"--only {only}: {recipe.path} has no such stage{did_you_mean(only, recipe.stages)}")
-    plan = check.plan(recipe)
-    folder = out or Path("runs") / recipe.name
+    with repeat.explained(published):
+        plan = check.plan(recipe)
+    misfits, unsure = models.check_fits(recipe.base, plan.foreign.values()) if plan.foreign else ([], [])
+    if misfits:
+        raise InputError(misfits)
+    folder = out or Path("runs") / (published.name if published else recipe.name)
     artifacts.check_run_directory(folder)
     accelerator = start(recipe)
     text_format = load_text_format(recipe.base)
     for note in text_format.notes:
         say(f"tokenizer: {note}")
-    for note in plan.notes:
+    for artefact in plan.foreign.values():
+        say(f"from: {artefact}; content {artefact.sha256[:12]}")
+    for note in [*plan.notes, *unsure]:
         say(f"note: {note}")
+    if published is not None:
+        for difference in repeat.differences(published, recipe, plan.examples) or [
+            "data, base, versions: as they were"
+        ]:
+            say(f"{published.written}: {difference}")
     check_imports(recipe, plan.examples)
     for examples in plan.examples.values():
         refuse_special_tokens([*examples.train, *examples.heldout], text_format)
     check_lengths(recipe, plan.examples, text_format)
     with StopRequest() as stop, artifacts.writing(folder), _held(folder, accelerator):
-        pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
+        pipeline = Pipeline(recipe, folder, plan.examples, plan.foreign, text_format, accelerator, stop)
         if fresh:
             _on_main(accelerator, lambda: artifacts.remove_folder(folder / only) if only else artifacts.clear(folder))
         try:
@@ -268,6 +284,7 @@ class Pipeline:
     recipe: Recipe
     folder: Path
     examples: Mapping[Cards, Examples]
+    foreign: Mapping[str, Foreign]
     text_format: TextFormat
     accelerator: Accelerator
     stop: StopRequest
@@ -283,9 +300,7 @@ class Pipeline:
         own = settings.model_dump(exclude={*NOT_OF_THE_RESULT, *CARD_FIELDS})
         cards: dict[str, Cards | None] = {field: getattr(settings, field, None) for field in CARD_FIELDS}
         own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
-        if isinstance(settings, PPOStage) and self.recipe.reward_source(name) == "model":
-            reward = Path(settings.reward)
-            own["reward"] = artifacts.content_hash_of_model_folder(reward) if reward.is_dir() else settings.reward
+        own |= {field: self.foreign[written].sha256 for field, written in self.recipe.foreign(name).items()}
         base = models.base_identity(self.recipe.base)
         if base["sha256"] is not None:  # the content of a folder tells more than its name
             del base["name"], base["revision"]
@@ -311,6 +326,8 @@ class Pipeline:
             return
         folder = self.folder / name
         inputs = {stage: artifacts.read_manifest(self.folder / stage) or {} for stage in self.recipe.depends_on(name)}
+        foreign = {written: self.foreign[written] for written in self.recipe.foreign(name).values()}
+        inputs |= {written: dict(one.manifest) for written, one in foreign.items() if one.manifest is not None}
         settings = self.recipe.stages[name]
         job = Job(
             recipe=self.recipe,
@@ -318,6 +335,7 @@ class Pipeline:
             settings=settings,
             folder=folder,
             inputs=inputs,
+            foreign=foreign,
             examples=self.examples,
             text_format=self.text_format,
             accelerator=self.accelerator,
@@ -425,6 +443,8 @@ class Pipeline:
         settings = without_local_paths(job.settings.model_dump())
         extra = dict(outcome.extra)
         begun = artifacts.read_json(job.folder / artifacts.STARTED)
+        inputs = {stage: made_from[f"inputs.{stage}"] for stage in self.recipe.depends_on(job.name)}
+        inputs |= {input_name(written): one.source() for written, one in job.foreign.items()}
         manifest = {
             "schema": artifacts.SCHEMA,
             "rlhf_kit": artifacts.__version__,
@@ -432,7 +452,7 @@ class Pipeline:
             "kind": job.settings.kind,
             "base": without_local_paths(models.base_identity(self.recipe.base)),
             "tokenizer": self.text_format.identity(),
-            "inputs": {stage: made_from[f"inputs.{stage}"] for stage in job.inputs},
+            "inputs": inputs,
             "data": outcome.data,
             "settings": settings,
             "settings_hash": artifacts.hash_of(settings),
@@ -470,7 +490,13 @@ class Pipeline:
         self._raise_if_stopped("the evaluation")
         with self.stop.nothing_to_lose(self.accelerator):
             summary = evaluation.summarise(
-                self.recipe, self.folder, self.finished(), self.examples, self.text_format, self.accelerator
+                self.recipe,
+                self.folder,
+                self.finished(),
+                self.examples,
+                self.foreign,
+                self.text_format,
+                self.accelerator,
             )
         summary["made_from"] = made_from
         if self.accelerator.is_main_process:
@@ -528,7 +554,9 @@ def _as_written(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
     return [f"{key}={json.dumps(value)}" for key, value in artifacts.flat(overrides).items()]
 
 
-def _again(recipe_path: Path, overrides: Mapping[str, Any] | Sequence[str], out: Path | None, only: str | None) -> str:
+def _again(
+    recipe_path: Path | str, overrides: Mapping[str, Any] | Sequence[str], out: Path | None, only: str | None
+) -> str:
     """Return the command that goes on with this run; without --fresh, which would not."""
     words = [str(recipe_path)]
     for override in _as_written(overrides):

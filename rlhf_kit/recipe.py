@@ -749,7 +749,8 @@ def _names_a_model(target: str, folder: Path) -> bool:
     """Whether what is no stage is written as a folder or a repository of the Hub."""
     if FUNCTION.fullmatch(target):
         return False
-    return re.search("[/:]", target) is not None or any((place / target).is_dir() for place in (folder, Path()))
+    here = find_path(target, [folder, Path()])
+    return re.search("[/:]", target) is not None or (here is not None and here.is_dir())
 
 
 def _artefact(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: bool) -> Iterator[Problem]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,8 +20,9 @@ from rlhf_kit.chat_templates import try_template
 from rlhf_kit.collate import encode_chat, hide_special_tokens, special_tokens_pattern
 from rlhf_kit.errors import InputError, did_you_mean, first_line
 from rlhf_kit.examples import Prompt
+from rlhf_kit.foreign import SUMMARY_BIAS, SUMMARY_WEIGHT, Foreign
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
-from rlhf_kit.model_folders import opened
+from rlhf_kit.model_folders import SCORE_HEAD, VALUE_HEAD, opened
 from rlhf_kit.models import SharedBase, new_head
 from rlhf_kit.recipe import FUNCTION
 
@@ -82,11 +84,11 @@ class AdapterScorer:
 
 
 def add_reward_role(shared: SharedBase, role: str, folder: Path) -> AdapterScorer:
-    """Return the scorer of a reward stage's adapter folder, added to the shared base as a frozen role.
+    """Return the scorer of a reward adapter's folder, added to the shared base as a frozen role.
 
     Where the manifest beside the folder tells of an ensemble, `role` is its first member and the others join it.
     """
-    manifest = artifacts.read_manifest(folder.parent) or {}
+    manifest = artifacts.manifest_at(folder.parent / artifacts.MANIFEST) or {}
     ensemble = manifest.get("ensemble")
     if ensemble is None:
         _add_member(shared, role, folder, 0.0, 1.0)
@@ -100,13 +102,15 @@ def add_reward_role(shared: SharedBase, role: str, folder: Path) -> AdapterScore
 def _add_member(shared: SharedBase, role: str, folder: Path, mean: float, std: float) -> None:
     """Add a reward adapter and its head as a frozen role whose score is (the adapter's - mean) / std."""
     heads = shared.add(role, folder)
-    weights = [tensor for name, tensor in heads.items() if name.endswith("score.weight")]
+    if (folder / VALUE_HEAD).is_file():  # trl's and LLaMA-Factory's, beside a causal adapter
+        heads |= load_file(folder / VALUE_HEAD)
+    weights = [tensor for name, tensor in heads.items() if SCORE_HEAD.search(name) or name == SUMMARY_WEIGHT]
     if len(weights) != 1 or weights[0].shape != (1, shared.width):
         raise InputError(f"{folder}: holds no score head for this base; a reward model is a SEQ_CLS adapter with one.")
     head = new_head(shared.width, shared.device, bias=True)
     with torch.no_grad():
         head.weight.copy_(weights[0] / std)
-        head.bias.fill_(-mean / std)
+        head.bias.copy_((heads.get(SUMMARY_BIAS, torch.zeros(1)) - mean) / std)
     shared.set_head(role, head)
 
 
@@ -190,8 +194,16 @@ class FunctionScorer:
 
 
 def external_scorer(name: str, device: torch.device) -> Scorer:
-    """Return the scorer of a `reward:` that is no stage: a function if it is written as one, else a classifier."""
+    """Return the scorer of a function if it is written as one, else of a classifier."""
     return FunctionScorer(name, device) if FUNCTION.fullmatch(name) else ClassifierScorer(name, device)
+
+
+def scorer_of(shared: SharedBase, role: str, reward: str, artefacts: Mapping[str, Foreign]) -> Scorer:
+    """Return the scorer of a `reward:` that is no stage; one that is an adapter becomes a role on the shared base."""
+    artefact = artefacts.get(reward)
+    if artefact is None or artefact.kind == "model":
+        return external_scorer(reward if artefact is None else str(artefact.folder), shared.device)
+    return add_reward_role(shared, role, artefact.folder)
 
 
 def load_function(name: str) -> Callable[..., Any]:

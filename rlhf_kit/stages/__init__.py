@@ -22,6 +22,7 @@ from rlhf_kit import distributed
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import Interrupted
 from rlhf_kit.examples import Examples
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.recipe import Cards, PPOStage, Recipe, RewardStage, SFTStage
 
 __all__ = ["Job", "Outcome", "StopRequest"]
@@ -81,16 +82,19 @@ class Job:
     folder: Path
     """Where adapter/, metrics.jsonl, samples.jsonl and checkpoints/ go."""
     inputs: Mapping[str, dict[str, Any]]
-    """The manifests of the stages this one builds on, by stage name; their files have been verified."""
+    """The manifests of the stages this one builds on, by stage name, and of what others made with us, by what the
+    recipe names; their files have been verified."""
     examples: Mapping[Cards, Examples]
     """By what the recipe names: a card's path, or a mixture of cards."""
     text_format: TextFormat
     accelerator: Accelerator
     stop: StopRequest
+    foreign: Mapping[str, Foreign] = field(default_factory=dict)
+    """What it starts from or scores with that no stage has made, by what the recipe names."""
 
-    def input_folder(self, stage: str) -> Path:
-        """Return the folder of an earlier stage."""
-        return self.folder.parent / stage
+    def adapter(self, name: str) -> Path:
+        """Return the adapter folder of an earlier stage, or of what others made."""
+        return self.foreign[name].folder if name in self.foreign else self.folder.parent / name / "adapter"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.models import SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.recipe import PPOStage, RewardStage
+from rlhf_kit.recipe import PPOStage
 from rlhf_kit.rollout import (
     ValueFunction,
     completion_logprobs,
@@ -43,10 +43,11 @@ from rlhf_kit.rollout import (
     scored_by_models,
     unscored,
 )
-from rlhf_kit.scorers import AdapterScorer, Scorer, Written, add_reward_role, external_scorer, value_head
+from rlhf_kit.scorers import AdapterScorer, Scorer, Written, add_reward_role, scorer_of, value_head
 from rlhf_kit.stages import Job, Outcome
 
 POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
+PRECISION = ("quantization", "dtype")
 PROBE_PROMPTS = 4
 UNIT_COMPLETIONS = 256  # at least, to measure the zero and the unit of a score that brings none
 SAMPLES = 8  # completions kept for a reader whenever samples are due
@@ -165,27 +166,26 @@ class PPO:
         job, settings = self.job, self.settings
         base = load_base(job.recipe.base, self.format, self.accelerator)
         self.shared = shared = SharedBase(base, job.recipe.base)
-        sft = job.input_folder(settings.policy) / "adapter"
-        shared.add(REFERENCE, sft)
-        shared.add(POLICY, sft, trainable=True)
+        start = job.adapter(settings.policy)
+        shared.add(REFERENCE, start)
+        shared.add(POLICY, start, trainable=True)
 
-        reward_stage = job.recipe.stages.get(settings.reward)
-        self.mean, self.std = 0.0, 1.0
         self.scorer: Scorer
-        if isinstance(reward_stage, RewardStage):
-            reward_folder = job.input_folder(settings.reward)
-            self.scorer = add_reward_role(shared, REWARD, reward_folder / "adapter")
-            if settings.normalize_score:
-                unit = job.inputs[settings.reward]["score_normalisation"]
-                self.mean, self.std = unit["mean"], unit["std"]
+        if job.recipe.reward_source(job.name) == "stage":
+            self.scorer = add_reward_role(shared, REWARD, job.adapter(settings.reward))
         else:
-            self.scorer = external_scorer(settings.reward, shared.device)
+            self.scorer = scorer_of(shared, REWARD, settings.reward, job.foreign)
+        unit = job.inputs.get(settings.reward, {}).get("score_normalisation")
+        self.has_unit = unit is not None or not settings.normalize_score
+        self.mean, self.std = 0.0, 1.0
+        if unit is not None and settings.normalize_score:
+            self.mean, self.std = unit["mean"], unit["std"]
 
-        trained_reward = isinstance(reward_stage, RewardStage)
+        as_reward = settings.value == "adapter" and isinstance(self.scorer, AdapterScorer)
         if settings.value == "adapter":
-            shared.add(VALUE, reward_folder / "adapter" if trained_reward else sft, trainable=True)
-        start = REWARD if trained_reward and settings.value == "adapter" else None
-        shared.set_head(VALUE, value_head(shared, start, self.mean, self.std), trainable=True)
+            shared.add(VALUE, job.adapter(settings.reward) if as_reward else start, trainable=True)
+        self.value_starts_as = REWARD if as_reward else None
+        shared.set_head(VALUE, value_head(shared, self.value_starts_as, self.mean, self.std), trainable=True)
         self.value = value_function(shared, settings.value)
 
     def _unit_of_reference(self) -> tuple[float, float]:
@@ -249,6 +249,12 @@ class PPO:
         }
         for name, error in found.items():
             if not error <= limits[name]:
+                if name == "probe_score_error" and self.settings.reward in self.job.foreign:
+                    raise InputError(
+                        f"stages.{self.job.name}.reward: {self.settings.reward} scores its own probe otherwise than "
+                        f"its manifest says, by up to {error:.3g}: its base was another one than "
+                        f"{self.job.recipe.base.model}; name that one as base.model, or another reward"
+                    )
                 raise RuntimeError(f"{self.job.name}: step-0 invariant {name} is {error:.3g}, not 0 as it must be")
         say(f"{self.job.name}: invariants hold: " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
         return found
@@ -262,9 +268,13 @@ class PPO:
         return logprobs
 
     def _probe_error(self) -> float:
-        """Return the largest difference of the stored probe's scores then and now; 0 without a reward stage."""
-        manifest = self.job.inputs.get(self.settings.reward)
-        if manifest is None:
+        """Return the largest difference of the stored probe's scores then and now; 0 where none is stored, or the base
+        was held in another precision then.
+        """
+        manifest = self.job.inputs.get(self.settings.reward, {})
+        here, there = self.job.recipe.base, manifest.get("base", {})
+        other = any(there[key] != getattr(here, key) for key in PRECISION if key in there)
+        if "probe" not in manifest or other:
             return 0.0
         errors = []
         for probe in manifest["probe"]:
@@ -279,8 +289,10 @@ class PPO:
         if self.accelerator.is_main_process:
             artifacts.truncate_jsonl(self.samples, found.step if found else 0)
         if found is None:
-            if self.settings.normalize_score and self.job.recipe.reward_source(self.job.name) != "stage":
+            if not self.has_unit:
                 self.mean, self.std = self._unit_of_reference()
+                start = value_head(self.shared, self.value_starts_as, self.mean, self.std)
+                self.shared.heads[VALUE].load_state_dict(start.state_dict())
             return 0
         checkpoints.put_back(found, self.parameters, self.optimizer)
         self.kl_control.load(found.state["kl_control"])

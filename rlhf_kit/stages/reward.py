@@ -216,7 +216,7 @@ def new_reward_model(job: Job, name: str) -> tuple[PeftModel, OutputHead | None]
         classifier(causal),
         job.recipe.adapter,
         "SEQ_CLS",
-        init=job.input_folder(settings.init) / "adapter" if settings.init else None,
+        init=job.adapter(settings.init) if settings.init else None,
         seed=derived_seed(job.recipe.seed, name, "adapter"),
         base=base,
     )
@@ -463,7 +463,7 @@ def reference_rows(job: Job, limit: int | None) -> dict[str, Any]:
     """
     settings, recipe = job.settings, job.recipe
     assert isinstance(settings, RewardStage)
-    start = recipe.stages[settings.init] if settings.init else None
+    start = recipe.stages.get(settings.init or "")
     card = settings.normalize_on or (start.data if isinstance(start, SFTStage) else settings.data)
     examples = job.examples[card]
     rows = []

@@ -23,7 +23,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"collate", "check", "audit"},
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces"},
-    {"rollout", "evaluation", "training", "preview", "finished"},
+    {"rollout", "evaluation", "training", "preview", "finished", "repeat"},
     {"sampling", "merge", "model_card"},
     {"publish"},
     {"chat"},
