@@ -103,7 +103,8 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
     artefacts, found = foreign.of_recipe(recipe, fetch=fetch)
     problems += found
     if base is not None:
-        problems += [problem for one in artefacts.values() for problem in foreign.shape_problems(one, base)]
+        for one in artefacts.values():
+            problems += [f"{foreign.place(recipe, one.written)}: {it}" for it in foreign.shape_problems(one, base)]
     too_long: list[_TooLong] = []
     if base is not None:
         too_long = list(_too_long(recipe, base, examples))

@@ -17,6 +17,7 @@ from rlhf_kit.foreign import Foreign
 from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.recipe import PPOStage, Recipe, RewardStage, SFTStage, written_recipe
 from rlhf_kit.scorers import Scorer, Written, add_reward_role, scorer_of
+from rlhf_kit.settings import HubReference, without_local_paths
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,19 @@ class FinishedRun:
         if problems:
             raise InputError(problems)
         return artefacts
+
+    def starts(self, stage: str) -> dict[str, str]:
+        """Return the fields of a stage that name what no stage made, and where others find it: hub://...@commit, or the
+        name of a local folder.
+        """
+        recorded = dict(self._recorded_foreign())
+        found = {}
+        for key, written in self.recipe.foreign(stage).items():
+            source = recorded.get(written, {})
+            found[key] = without_local_paths(written)
+            if "hub" in source:
+                found[key] = str(HubReference(source["hub"], source.get("subfolder", ""), source["commit"]))
+        return found
 
     def _recorded_foreign(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what the recipe names and what the manifests of finished stages tell of it."""

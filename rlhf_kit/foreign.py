@@ -149,6 +149,14 @@ def of_recipe(
     return artefacts, problems
 
 
+def place(recipe: Recipe, written: str) -> str:
+    """Return "file:line: a.b" of the first setting that names a folder or repository."""
+    named = (
+        f"stages.{stage}.{key}" for stage in recipe.stages for key, it in recipe.foreign(stage).items() if it == written
+    )
+    return recipe.where(next(named))
+
+
 def on_hub(written: str) -> HubReference | None:
     """Return the repository that a name means, or None where it means a local folder."""
     bare = HUB_ID.fullmatch(written) and not Path(written).is_dir()

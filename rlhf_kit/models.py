@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -375,19 +375,16 @@ def _shaped_as(folder: Path, model: PreTrainedModel, task: Literal["CAUSAL_LM", 
     return config
 
 
-def check_fits(base: recipe.Base, artefacts: Iterable[Foreign]) -> tuple[list[str], list[str]]:
-    """Return why adapters that others made do not fit the base, and notes on how far that can be told.
+def misfits(base: recipe.Base, artefact: Foreign) -> tuple[list[str], list[str]]:
+    """Return why an adapter that others made does not fit the base, and notes on how far that can be told.
 
     The base is built without weights for it, so this takes no memory and is done before anything is trained.
     """
-    problems, notes = [], []
-    for artefact in artefacts:
-        problem, note = foreign.base_told_apart(artefact, base, base_identity(base)["sha256"])
-        problems += [problem] if problem else []
-        notes += [note] if note else []
-        if artefact.kind != "model" and not problem:
-            problems += [f"{artefact.written}: {problem}" for problem in _unfitting(base, artefact)]
-    return problems, notes
+    if artefact.kind == "model":
+        return [], []
+    problem, note = foreign.base_told_apart(artefact, base, base_identity(base)["sha256"])
+    problems = [problem] if problem else [f"{artefact.written}: {found}" for found in _unfitting(base, artefact)]
+    return problems, [note] if note else []
 
 
 def _unfitting(base: recipe.Base, artefact: Foreign) -> Iterator[str]:

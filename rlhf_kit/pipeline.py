@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import artifacts, check, distributed, evaluation, metrics, models, repeat, report, scorers
+from rlhf_kit import artifacts, check, distributed, evaluation, foreign, metrics, models, repeat, report, scorers
 from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
@@ -40,7 +40,7 @@ from rlhf_kit.collate import (
 from rlhf_kit.errors import InputError, Interrupted, NotPushed, did_you_mean, first_line
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
-from rlhf_kit.foreign import Foreign, input_name
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
 from rlhf_kit.recipe import Cards, PPOStage, Publish, Recipe, RewardStage, SFTStage, load_recipe, resolved_yaml
@@ -92,9 +92,7 @@ def run(
         raise InputError(f"--only {only}: {recipe.path} has no such stage{did_you_mean(only, recipe.stages)}")
     with repeat.explained(published):
         plan = check.plan(recipe)
-    misfits, unsure = models.check_fits(recipe.base, plan.foreign.values()) if plan.foreign else ([], [])
-    if misfits:
-        raise InputError(misfits)
+    unsure = check_foreign(recipe, plan.foreign)
     folder = out or Path("runs") / (published.name if published else recipe.name)
     artifacts.check_run_directory(folder)
     accelerator = start(recipe)
@@ -106,9 +104,8 @@ def run(
     for note in [*plan.notes, *unsure]:
         say(f"note: {note}")
     if published is not None:
-        for difference in repeat.differences(published, recipe, plan.examples) or [
-            "data, base, versions: as they were"
-        ]:
+        as_it_was = ["data, base and versions are as they were"]
+        for difference in repeat.differences(published, recipe, plan.examples) or as_it_was:
             say(f"{published.written}: {difference}")
     check_imports(recipe, plan.examples)
     for examples in plan.examples.values():
@@ -237,6 +234,22 @@ def check_imports(recipe: Recipe, examples: Mapping[Cards, Examples]) -> None:
         scorers.call_function(function, name, prompts, TRIED_ON[: len(prompts)])
 
 
+def check_foreign(recipe: Recipe, artefacts: Mapping[str, Foreign]) -> list[str]:
+    """Return what cannot be told of how adapters that others made fit the base.
+
+    Raises:
+        InputError: they do not fit it.
+    """
+    problems, notes = [], []
+    for written, artefact in artefacts.items():
+        wrong, unsure = models.misfits(recipe.base, artefact)
+        problems += [f"{foreign.place(recipe, written)}: {problem}" for problem in wrong]
+        notes += unsure
+    if problems:
+        raise InputError(problems)
+    return notes
+
+
 def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_format: TextFormat) -> None:
     """Refuse rows that do not fit, before hours are spent on the stages that come first.
 
@@ -326,8 +339,8 @@ class Pipeline:
             return
         folder = self.folder / name
         inputs = {stage: artifacts.read_manifest(self.folder / stage) or {} for stage in self.recipe.depends_on(name)}
-        foreign = {written: self.foreign[written] for written in self.recipe.foreign(name).values()}
-        inputs |= {written: dict(one.manifest) for written, one in foreign.items() if one.manifest is not None}
+        artefacts = {written: self.foreign[written] for written in self.recipe.foreign(name).values()}
+        inputs |= {written: dict(one.manifest) for written, one in artefacts.items() if one.manifest is not None}
         settings = self.recipe.stages[name]
         job = Job(
             recipe=self.recipe,
@@ -335,7 +348,7 @@ class Pipeline:
             settings=settings,
             folder=folder,
             inputs=inputs,
-            foreign=foreign,
+            foreign=artefacts,
             examples=self.examples,
             text_format=self.text_format,
             accelerator=self.accelerator,
@@ -444,7 +457,7 @@ class Pipeline:
         extra = dict(outcome.extra)
         begun = artifacts.read_json(job.folder / artifacts.STARTED)
         inputs = {stage: made_from[f"inputs.{stage}"] for stage in self.recipe.depends_on(job.name)}
-        inputs |= {input_name(written): one.source() for written, one in job.foreign.items()}
+        inputs |= {foreign.input_name(written): one.source() for written, one in job.foreign.items()}
         manifest = {
             "schema": artifacts.SCHEMA,
             "rlhf_kit": artifacts.__version__,

@@ -121,8 +121,8 @@ def explained(published: Published | None) -> Iterator[None]:
         raise InputError(
             [
                 *error.problems,
-                f"{published.written}: its recipe and data cards are in {published.folder}. What is not on the Hub has "
-                "to be given: --set data_root=DIR, the folder of the files that cards name; --set base.model=FOLDER_OR_ID",
+                f"{published.written}: its recipe and data cards are in {published.folder}. What is not on the Hub "
+                "has to be given: --set data_root=DIR, the folder of the cards' files; --set base.model=FOLDER",
             ]
         ) from error
 
