@@ -145,7 +145,9 @@ def of_recipe(
                 continue
             kinds = REWARDS if key == "reward" else POLICIES
             if one.kind not in kinds:
-                problems.append(f"{at}: {written} is {WORDS[one.kind]}; what works here: {WOULD_WORK[kinds]}")
+                problems.append(
+                    f"{at}: {written} is {WORDS[one.kind]}{_pickled_head(one)}; what works here: {WOULD_WORK[kinds]}"
+                )
     return artefacts, problems
 
 
@@ -199,7 +201,7 @@ def look(written: str, folder: Path, hub: HubReference | None = None) -> Foreign
     if names & {ADAPTER_CONFIG, ADAPTER_WEIGHTS}:
         if ADAPTER_WEIGHTS not in names and pickles:
             raise InputError(_pickled(written, pickles, ADAPTER_WEIGHTS))
-        return _adapter(written, folder, hub, pickles)
+        return _adapter(written, folder, hub)
     if names & {"config.json", WEIGHTS, INDEX}:
         if not names & {WEIGHTS, INDEX} and pickles:
             raise InputError(_pickled(written, pickles, WEIGHTS))
@@ -224,7 +226,14 @@ def _pickled(written: str, pickles: list[str], instead: str) -> str:
     )
 
 
-def _adapter(written: str, folder: Path, hub: HubReference | None, pickles: list[str]) -> Foreign:
+def _pickled_head(artefact: Foreign) -> str:
+    """Return what to add of an adapter whose value head is there as a pickle only."""
+    names = names_on_hub(artefact.hub) if artefact.hub else {path.name for path in artefact.folder.iterdir()}
+    heads = sorted(names & {"value_head.bin", "pytorch_model.bin"}) if artefact.kind == "policy" else []
+    return f" ({heads[0]} is pickled and not read: save it as {VALUE_HEAD})" if heads else ""
+
+
+def _adapter(written: str, folder: Path, hub: HubReference | None) -> Foreign:
     problems = adapter_problems(folder)
     if problems:
         raise InputError(problems)

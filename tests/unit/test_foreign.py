@@ -126,6 +126,7 @@ def test_a_run_and_its_changed_stage(tmp_path):
         (("stages.sft.init=me/adapter",), "there is no folder me/adapter; on the Hub it is hub://me/adapter"),
         (("stages.ppo.policy=judge",), "stages.ppo.policy: judge is an adapter of a sequence classifier"),
         (("stages.ppo.reward=fits",), "stages.ppo.reward: fits is an adapter of a causal language model without"),
+        (("stages.ppo.reward=fits",), "(value_head.bin is pickled and not read: save it as value_head.safetensors)"),
     ],
 )
 def test_check_tells_without_torch_and_network(tmp_path, monkeypatch, settings, said):
@@ -136,6 +137,7 @@ def test_check_tells_without_torch_and_network(tmp_path, monkeypatch, settings, 
     write_adapter(
         Path("fits"), {"base_model.model.q.lora_A.weight": (2, 4), "base_model.model.q.lora_B.weight": (8, 2)}
     )
+    Path("fits/value_head.bin").write_bytes(b"")
     write_adapter(Path("judge"), with_score(), task_type="SEQ_CLS")
     with pytest.raises(InputError) as refused:
         check_recipe(load_recipe("recipe.yaml", settings))
