@@ -91,6 +91,11 @@ class FinishedRun:
         Raises: InputError when it cannot be had any more, or is another one by now.
         """
         recorded = dict(self._recorded_foreign())
+        gone = [written for written, source in recorded.items() if "folder" in source and not Path(written).is_dir()]
+        if gone:
+            raise InputError(
+                [f"{written}: {self.folder} was made from it, and it is gone; put it back" for written in gone]
+            )
         commits = {written: source["commit"] for written, source in recorded.items() if "commit" in source}
         artefacts, problems = foreign.of_recipe(self.recipe, commits=commits)
         problems += [

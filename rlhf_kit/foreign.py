@@ -14,6 +14,7 @@ Adapters must be plain LoRA, for only what is computed here as in PEFT is taken;
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,7 +40,7 @@ from rlhf_kit.model_folders import (
     safetensors_header,
 )
 from rlhf_kit.recipe import Base, Recipe
-from rlhf_kit.settings import HUB_ID, HubReference, hub_reference, without_local_paths
+from rlhf_kit.settings import HUB_ID, HubReference, climbs, hub_reference, without_local_paths
 
 Kind = Literal["policy", "value head", "reward", "model"]
 WORDS: Mapping[Kind, str] = {
@@ -87,7 +88,10 @@ class Foreign:
         unit = {}
         if self.kind == "reward" and self.manifest is not None:
             unit = {key: self.manifest.get(key) for key in ("score_normalisation", "ensemble")}
-            files += [folder / ADAPTER_WEIGHTS for folder in members(self.folder, self.manifest)[1:]]
+            files += [
+                self.folder.parent / member["folder"] / ADAPTER_WEIGHTS
+                for member in self.manifest.get("ensemble", {"members": []})["members"][1:]
+            ]
         hashes = [artifacts.sha256_of_file(path) for path in files if path.is_file()]
         return artifacts.hash_of([hashes, unit])
 
@@ -113,12 +117,6 @@ def input_name(written: str) -> str:
     """Return the key of a folder or Hub repository among a manifest's inputs; it names no place on this machine."""
     short = without_local_paths(written)
     return str(short if short == written else f"…/{short}")
-
-
-def members(adapter: Path, manifest: Mapping[str, Any]) -> list[Path]:
-    """Return the adapter folders of a reward stage: one, or those of an ensemble."""
-    ensemble = manifest.get("ensemble")
-    return [adapter.parent / member["folder"] for member in ensemble["members"]] if ensemble else [adapter]
 
 
 # ---------------------------------------------------------------- those of a recipe
@@ -279,8 +277,8 @@ def _manifest(written: str, folder: Path) -> dict[str, Any] | None:
     """
     weights = artifacts.sha256_of_file(folder / ADAPTER_WEIGHTS)
     for path in (folder.parent / artifacts.MANIFEST, *sorted(folder.glob(f"*/{artifacts.MANIFEST}"))):
-        manifest = artifacts.manifest_at(path)
-        listed = (manifest or {}).get("files", {}).get(f"adapter/{ADAPTER_WEIGHTS}", {}).get("sha256")
+        manifest = read_manifest(path)
+        listed = manifest["files"].get(f"adapter/{ADAPTER_WEIGHTS}", {}).get("sha256") if manifest else None
         if listed == weights:
             return manifest
         if listed is not None and path.parent == folder.parent and folder.name == "adapter":
@@ -289,6 +287,33 @@ def _manifest(written: str, folder: Path) -> dict[str, Any] | None:
                 "the manifest away"
             )
     return None
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return a manifest that came with somebody's artefact, or None where there is none, or nothing that can be used.
+
+    Raises:
+        InputError: it is one of ours that was changed: what it must tell is not there, or it names folders elsewhere.
+    """
+    manifest = artifacts.manifest_at(path)
+    if manifest is None:
+        return None
+    try:
+        units = [manifest["score_normalisation"]] if "score_normalisation" in manifest else []
+        ensemble = manifest["ensemble"]["members"] if "ensemble" in manifest else []
+        sound = (
+            all(math.isfinite(unit["mean"]) and 0 < unit["std"] < math.inf for unit in [*units, *ensemble])
+            and not any(climbs(one["folder"]) or Path(one["folder"]).is_absolute() for one in ensemble)
+            and all(isinstance(one["score"], float) and one["ids"] for one in manifest.get("probe", []))
+            and isinstance(manifest["base"]["name"], str)
+            and {"sha256", "quantization", "dtype"} <= manifest["base"].keys()
+            and all(isinstance(one, dict) for part in ("files", "data") for one in manifest[part].values())
+        )
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise InputError(printable(f"{path}: is not as rlhf_kit writes a manifest; get it again"))
+    return manifest
 
 
 # ---------------------------------------------------------------- beside the recipe's base

@@ -17,6 +17,8 @@ from typing import Any
 from rlhf_kit import artifacts, models
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.examples import Examples
+from rlhf_kit.foreign import read_manifest
+from rlhf_kit.model_folders import read_object
 from rlhf_kit.recipe import COMMIT, Base, Cards, PPOStage, Recipe
 from rlhf_kit.settings import HUB, HubReference, hub_reference
 
@@ -65,11 +67,11 @@ def fetched(written: str) -> Published:
     folder = COPIES / f"{reference.repo.replace('/', '--')}@{snapshot.name[:12]}"
     names = [artifacts.RECIPE, *(f"data_cards/{path.name}" for path in sorted(snapshot.glob("data_cards/*.md")))]
     _copy(snapshot, names, folder)
-    found = {path.parent.name: artifacts.manifest_at(path) for path in sorted(snapshot.glob(f"*/{artifacts.MANIFEST}"))}
+    found = {path.parent.name: read_manifest(path) for path in sorted(snapshot.glob(f"*/{artifacts.MANIFEST}"))}
     manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
     environment: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        environment = artifacts.read_json(snapshot / artifacts.ENVIRONMENT)
+    with suppress(InputError):
+        environment = read_object(snapshot / artifacts.ENVIRONMENT)
     return Published(written, folder, manifests, _versions(environment))
 
 
@@ -161,9 +163,9 @@ def differences(published: Published, recipe: Recipe, examples: Mapping[Cards, E
         if cards is not None and "content_hash" in part:
             then[f"{name}: data"], now[f"{name}: data"] = part["content_hash"], examples[cards].content_hash
     if published.manifests:
-        base = next(iter(published.manifests.values()))["base"]
-        then |= {f"base.{key}": value for key, value in base.items()}
-        now |= {f"base.{key}": value for key, value in models.base_identity(recipe.base).items()}
+        base, here = next(iter(published.manifests.values()))["base"], models.base_identity(recipe.base)
+        then |= {f"base.{key}": base.get(key) for key in here}
+        now |= {f"base.{key}": value for key, value in here.items()}
         if base["sha256"] is not None:  # content tells more than names
             now["base.sha256"] = models.base_content(recipe.base)
             for key in ("base.name", "base.revision"):
@@ -180,5 +182,5 @@ def _branch(base: Base, then: str | None) -> list[str]:
 
 def _versions(environment: Mapping[str, Any]) -> dict[str, Any]:
     packages = environment.get("packages")
-    versions = {"python": environment.get("python"), **(packages if isinstance(packages, dict) else {})}
-    return {name: version for name, version in versions.items() if version is not None}
+    versions = {name: packages.get(name) for name in artifacts.PACKAGES} if isinstance(packages, dict) else {}
+    return {"python": environment.get("python"), **versions}

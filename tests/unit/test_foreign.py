@@ -99,7 +99,8 @@ def test_a_run_and_its_changed_stage(tmp_path):
     (tmp_path / "sft").mkdir()
     folder.rename(tmp_path / "sft" / "adapter")
     listed = {"adapter/adapter_model.safetensors": {"sha256": "0" * 64}}
-    manifest = {"schema": artifacts.SCHEMA, "base": {"name": "b", "sha256": None}, "files": listed}
+    made_on = {"name": "b", "sha256": None, "quantization": "none", "dtype": "float32"}
+    manifest = {"schema": artifacts.SCHEMA, "base": made_on, "files": listed, "data": {}}
     artifacts.write_json(tmp_path / "sft" / "manifest.json", manifest)
     with pytest.raises(InputError, match=r"is a run; name one of its stages, such as .*/sft"):
         foreign.found(str(tmp_path))
@@ -148,6 +149,29 @@ def test_check_tells_without_torch_and_network(tmp_path, monkeypatch, settings, 
         in lines
     )
     assert "from     ppo.reward: hub://me/judge@v1, on the Hub, not fetched by check" in lines
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base": {"name": "b"}},
+        {"files": []},
+        {"score_normalisation": {"mean": 0.0, "std": 0.0}},
+        {"ensemble": {"members": [{"folder": "../elsewhere", "mean": 0.0, "std": 1.0}]}},
+        {"ensemble": {"members": [{"folder": "/etc", "mean": 0.0, "std": 1.0}]}},
+        {"probe": [{"ids": [], "score": 1.0}]},
+    ],
+)
+def test_a_manifest_that_was_tampered_with(tmp_path, wrong):
+    """It is not believed, and leads nowhere."""
+    write_adapter(tmp_path / "adapter")
+    made_on = {"name": "b", "sha256": None, "quantization": "none", "dtype": "float32"}
+    manifest = {"schema": artifacts.SCHEMA, "base": made_on, "files": {}, "data": {}}
+    artifacts.write_json(tmp_path / "manifest.json", manifest)
+    foreign.found(str(tmp_path))
+    artifacts.write_json(tmp_path / "manifest.json", manifest | wrong)
+    with pytest.raises(InputError, match="is not as rlhf_kit writes a manifest"):
+        foreign.found(str(tmp_path))
 
 
 # ---------------------------------------------------------------- on a base
