@@ -30,7 +30,8 @@ def run(
     only: str | None = None,
     fresh: bool = False,
 ) -> Run:
-    """Return the finished run of a recipe file: its folder, summary and manifests.
+    """Return the finished run of a recipe file, or of a published run hub://OWNER/NAME[@REVISION] made again: its
+    folder, summary and manifests.
 
     overrides: {"stages.ppo.kl_coef": 0.1}, or the command line's strings "stages.ppo.kl_coef=0.1".
     out: the run directory; None is runs/<recipe name>.
@@ -42,7 +43,7 @@ def run(
     """
     from rlhf_kit import pipeline
 
-    return pipeline.run(Path(recipe), overrides or (), Path(out) if out else None, only=only, fresh=fresh)
+    return pipeline.run(recipe, overrides or (), Path(out) if out else None, only=only, fresh=fresh)
 
 
 def load(run_dir: str | Path, stage: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -37,7 +37,10 @@ Overrides = Annotated[
 
 @app.command()
 def run(
-    recipe: RecipeFile,
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A YAML file, or hub://OWNER/NAME[@REVISION] to repeat a published run."),
+    ],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run directory; without it runs/<name of the recipe>.")

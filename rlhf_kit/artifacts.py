@@ -194,6 +194,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def manifest_at(path: Path) -> dict[str, Any] | None:
+    """Return a manifest of ours beside an adapter that somebody made, or None where there is none or another thing."""
+    try:
+        manifest = read_json(path) if path.is_file() else None
+    except ValueError:
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
+
+
 def changed_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the files a manifest lists: "a/x: missing", "a/x: 10 bytes, was 12", "a/x: changed"."""
     problems = []

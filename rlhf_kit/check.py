@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_kit import foreign
 from rlhf_kit.data_cards import DataCard, HubSource, load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import (
@@ -32,6 +33,7 @@ from rlhf_kit.examples import (
     refusal,
     refused_rows,
 )
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.model_folders import ModelFolder
 from rlhf_kit.recipe import (
     NEW_TOKENS,
@@ -67,6 +69,9 @@ class Plan:
     recipe: Recipe
     examples: dict[Cards, Examples]
     """By what the recipe names, a card's path or a mixture of cards; without the Hub's if these were not fetched."""
+    foreign: dict[str, Foreign]
+    """What stages start from or score with that no stage makes, by what the recipe names; without the Hub's if these
+    were not fetched."""
     lines: list[str]
     """For a person to read."""
     notes: list[str]
@@ -112,10 +117,11 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
     problems += _mix(recipe, examples)
     problems += _heldout_problems(recipe, examples)
     problems += _function_problems(recipe)
-    for name, stage in recipe.stages.items():
-        for at, scorer in scorers_of(name, stage).items():
-            if recipe.scorer_source(scorer) == "model" and Path(scorer).is_dir():
-                problems += [f"{recipe.where(at)}: {problem}" for problem in ModelFolder(Path(scorer)).problems()]
+    artefacts, found = foreign.of_recipe(recipe, fetch=fetch)
+    problems += found
+    if base is not None:
+        for one in artefacts.values():
+            problems += [f"{foreign.place(recipe, one.written)}: {it}" for it in foreign.shape_problems(one, base)]
     too_long: list[_TooLong] = []
     if base is not None:
         too_long = list(_too_long(recipe, base, examples))
@@ -124,7 +130,7 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
     if problems:
         raise InputError(problems)
     notes = [*_leaks(recipe, examples), *_length_notes(too_long)]
-    return Plan(recipe, examples, _lines(recipe, base, cards, examples), notes)
+    return Plan(recipe, examples, artefacts, _lines(recipe, base, cards, examples, artefacts), notes)
 
 
 def card_uses(recipe: Recipe) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -435,7 +441,11 @@ def _special_token_problems(base: ModelFolder, examples: Mapping[Cards, Examples
 
 
 def _lines(
-    recipe: Recipe, base: ModelFolder | None, cards: Mapping[str, DataCard], examples: Mapping[Cards, Examples]
+    recipe: Recipe,
+    base: ModelFolder | None,
+    cards: Mapping[str, DataCard],
+    examples: Mapping[Cards, Examples],
+    artefacts: Mapping[str, Foreign],
 ) -> list[str]:
     settings = recipe.base
     weights = {"none": settings.dtype, "8bit": f"8-bit ({settings.dtype})", "4bit": f"4-bit ({settings.dtype})"}
@@ -458,6 +468,10 @@ def _lines(
             f"mixture  {named(mixture)}: {len(found.train):,} rows to train on, {len(found.heldout):,} held out"
         )
         lines += _count_lines(found)
+    for name in recipe.stages:
+        for key, written in recipe.foreign(name).items():
+            what = artefacts.get(written, f"{written}, on the Hub, not fetched by check")
+            lines.append(f"from     {name}.{key}: {what}")
     for name, stage in recipe.stages.items():
         lines += _stage_lines(recipe, name, stage, examples)
     card_path = evaluation_card(recipe)

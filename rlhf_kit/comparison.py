@@ -87,7 +87,7 @@ class Comparison:
 
     def __init__(self, run: FinishedRun, asked: Asked) -> None:
         self.run, self.asked = run, asked
-        named = asked.systems or (BASE, *self._finished())
+        named = asked.systems or (BASE, *self._starts(), *self._finished())
         self.systems = {name: run.policy(name) for name in named}
         if asked.against is not None:
             self.systems |= self._other(asked.against)
@@ -96,6 +96,11 @@ class Comparison:
 
     def _finished(self) -> list[str]:
         return [name for name in self.run.policies() if artifacts.read_manifest(self.run.folder / name) is not None]
+
+    def _starts(self) -> list[str]:
+        """Return the policies that finished stages tuned further and none has made, by the closing table's names."""
+        used = {self.run.start_of(name) for name in self._finished()}
+        return [name for name in self.run.recipe.starts() if name in used]
 
     def _hashes(self) -> dict[str, str]:
         """Return the hash of every finished stage's manifest."""
@@ -231,7 +236,8 @@ class Comparison:
 
     def _pairs(self) -> list[tuple[str, str]]:
         """Return the systems that are compared: each with what it started from, and another run's with ours."""
-        own = [name for name in self.systems if name == BASE or name in self.run.policies()]
+        ours = (BASE, *self._starts(), *self.run.policies())
+        own = [name for name in self.systems if name in ours]
         pairs = [(name, self.run.start_of(name)) for name in own if name != BASE]
         others = [name for name in self.systems if name not in own]
         return [pair for pair in pairs if pair[1] in self.systems] + [(own[-1], name) for name in others]

@@ -24,6 +24,7 @@ from rlhf_kit.collate import TextFormat, compared, tokenise_prompts
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Examples, Preference, Prompt, Ranking, prompts_of
 from rlhf_kit.finished import RewardModel
+from rlhf_kit.foreign import Foreign, folder_of
 from rlhf_kit.generation import uniforms
 from rlhf_kit.maths import kl, statistics
 from rlhf_kit.metrics import progress, say
@@ -31,7 +32,7 @@ from rlhf_kit.models import BASE, SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, PolicyStage, Recipe, RewardStage
 from rlhf_kit.rollout import of_like_length, sampled, scored_by_models
-from rlhf_kit.scorers import Scorer, Written, add_reward_role, call_function, external_scorer, load_function
+from rlhf_kit.scorers import Written, call_function, load_function, scorer_of
 
 SHOWN_PROMPTS = 3
 
@@ -170,12 +171,14 @@ def summarise(
     folder: Path,
     manifests: Mapping[str, Mapping[str, Any]],
     examples: Mapping[Cards, Examples],
+    artefacts: Mapping[str, Foreign],
     text_format: TextFormat,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Return `summary.json` of a run whose stages are finished.
 
-    folder: the run directory; manifests: by stage; examples: by data card, as the recipe names it.
+    folder: the run directory; manifests: by stage; examples and artefacts, which no stage made: as the recipe names
+    them.
     A recipe without a stage that tunes a policy further has no systems to compare.
     """
     summary: dict[str, Any] = {
@@ -188,14 +191,15 @@ def summarise(
     tuned = recipe.tuned()
     if not tuned:
         return summary
-    prompts, systems = _answers(recipe, folder, manifests, examples, text_format, accelerator)
+    prompts, systems = _answers(recipe, folder, manifests, examples, artefacts, text_format, accelerator)
     summary["systems"] = {name: system.figures() for name, system in systems.items()}
-    for name, stage in tuned.items():
-        win_rate = _win_rate(systems[name], systems[stage.policy])
+    starts = {name: recipe.start_of(name) for name in tuned}
+    for name, before in starts.items():
+        win_rate = _win_rate(systems[name], systems[before])
         if win_rate is not None:
-            summary["win_rate"][f"{name}/{stage.policy}"] = win_rate
-    last = list(tuned.values())[-1]
-    shown = [last.policy, *(name for name, stage in tuned.items() if stage.policy == last.policy)]
+            summary["win_rate"][f"{name}/{before}"] = win_rate
+    first = starts[list(tuned)[-1]]
+    shown = [first, *(name for name, before in starts.items() if before == first)]
     summary["examples"] = [
         {"prompt": prompt, **{name: systems[name].texts[row] for name in shown}}
         for row, prompt in enumerate(prompts[:SHOWN_PROMPTS])
@@ -271,25 +275,27 @@ def _answers(
     folder: Path,
     manifests: Mapping[str, Mapping[str, Any]],
     examples: Mapping[Cards, Examples],
+    artefacts: Mapping[str, Foreign],
     text_format: TextFormat,
     accelerator: Accelerator,
 ) -> tuple[list[Prompt], dict[str, System]]:
-    """Return the held-out prompts and what the base and every policy answer, on one shared base."""
+    """Return the held-out prompts and what the base, policies that others made and every stage's policy answer, on one
+    shared base.
+    """
     settings, sampling = recipe.evaluation, recipe.last_sampling()
     prompts, prompt_ids = heldout_prompts(recipe, examples, text_format, settings.count)
     shared = SharedBase(load_base(recipe.base, text_format, accelerator), recipe.base)
-    names = [name for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)]
-    for name in names:
-        shared.add(name, folder / name / "adapter")
+    policies = [name for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)]
+    places = recipe.starts() | {name: name for name in policies}
+    for name, written in places.items():
+        shared.add(name, folder_of(written, folder, artefacts))
     rewards = [name for name, stage in recipe.stages.items() if isinstance(stage, RewardStage)]
     reward = sampling[1].reward if sampling else rewards[-1] if rewards else None
     scored: RewardModel | None = None
     if reward is not None:
         unit = manifests[sampling[0] if sampling else reward]["score_normalisation"]
-        if reward in recipe.stages:
-            scorer: Scorer = add_reward_role(shared, "reward model", folder / reward / "adapter")
-        else:
-            scorer = external_scorer(reward, shared, text_format)
+        place = folder_of(reward, folder, artefacts)
+        scorer = scorer_of(reward, place, shared, text_format, role="reward model")
         scored = RewardModel(reward, scorer, unit["mean"], unit["std"])
     examination = Examination(
         shared=shared,
@@ -298,10 +304,10 @@ def _answers(
         prompt_ids=prompt_ids,
         limit=evaluation_lengths(recipe)[1],
         temperature=sampling[1].temperature if sampling else 1.0,
-        reference=list(recipe.tuned().values())[-1].policy,
+        reference=recipe.start_of(list(recipe.tuned())[-1]),
         reward=scored,
         gold=settings.gold,
         seed=recipe.seed,
         pieces=Pieces("evaluation.batch_size", settings.batch_size, "prompts", accelerator),
     )
-    return prompts, {role: examination.answers(role) for role in progress([BASE, *names], desc="evaluating, systems")}
+    return prompts, {role: examination.answers(role) for role in progress([BASE, *places], desc="evaluating, systems")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rlhf_kit import artifacts, models
+from rlhf_kit import artifacts, foreign, models
 from rlhf_kit.collate import TextFormat, load_text_format
 from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.metrics import say
 from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.recipe import PolicyStage, Recipe, RewardStage, SamplingStage, TunedStage, written_recipe
-from rlhf_kit.scorers import Scorer, ServerScorer, Written, add_reward_role, external_scorer
+from rlhf_kit.scorers import Scorer, ServerScorer, Written, scorer_of
+from rlhf_kit.settings import HubReference, without_local_paths
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,53 @@ class FinishedRun:
         return done[-1] if done else BASE
 
     def start_of(self, stage: str) -> str:
-        """Return what a policy started from: that of another stage, such as sft, else the base."""
-        settings = self.recipe.stages.get(stage)
-        return settings.policy if isinstance(settings, TunedStage) else BASE
+        """Return what a policy started from: the one that its stage tuned further, else the base."""
+        return self.recipe.start_of(stage) if isinstance(self.recipe.stages.get(stage), TunedStage) else BASE
+
+    @cached_property
+    def foreign(self) -> dict[str, Foreign]:
+        """What the stages started from or score with that none of them made, by what the recipe names.
+
+        Raises: InputError when it cannot be had any more, or is another one by now.
+        """
+        recorded = dict(self._recorded_foreign())
+        gone = [written for written, source in recorded.items() if "folder" in source and not Path(written).is_dir()]
+        if gone:
+            raise InputError(
+                [f"{written}: {self.folder} was made from it, and it is gone; put it back" for written in gone]
+            )
+        commits = {written: source["commit"] for written, source in recorded.items() if "commit" in source}
+        artefacts, problems = foreign.of_recipe(self.recipe, commits=commits)
+        problems += [
+            f"{written}: is not what {self.folder} was made from (content {artefacts[written].sha256[:12]} and "
+            f"{source['sha256'][:12]}); put it back"
+            for written, source in recorded.items()
+            if written in artefacts and artefacts[written].sha256 != source["sha256"]
+        ]
+        if problems:
+            raise InputError(problems)
+        return artefacts
+
+    def starts(self, stage: str) -> dict[str, str]:
+        """Return the fields of a stage that name what no stage made, and where others find it: hub://...@commit, or the
+        name of a local folder.
+        """
+        recorded = dict(self._recorded_foreign())
+        found = {}
+        for key, written in self.recipe.foreign(stage).items():
+            source = recorded.get(written, {})
+            found[key] = without_local_paths(written)
+            if "hub" in source:
+                found[key] = str(HubReference(source["hub"], source.get("subfolder", ""), source["commit"]))
+        return found
+
+    def _recorded_foreign(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what the recipe names and what the manifests of finished stages tell of it."""
+        for stage in self.recipe.stages:
+            inputs = (artifacts.read_manifest(self.folder / stage) or {}).get("inputs", {})
+            for written in self.recipe.foreign(stage).values():
+                if (source := inputs.get(foreign.input_name(written))) is not None:
+                    yield written, source
 
     @cached_property
     def text_format(self) -> TextFormat:
@@ -102,6 +149,9 @@ class FinishedRun:
         """
         if stage == BASE:
             return BASE
+        if stage in (starts := self.recipe.starts()):
+            self.shared.add(stage, self.foreign[starts[stage]].folder)
+            return stage
         manifest = self.manifest(stage)
         if stage not in self.policies():
             wanted = ", ".join([BASE, *self.policies()])
@@ -118,19 +168,22 @@ class FinishedRun:
         if name is None:
             raise InputError(f"{self.folder}: has no reward stage, so nothing scores its completions.")
         manifest, settings = self.manifest(name), self.recipe.stages[name]
-        scorer: Scorer
         if isinstance(settings, RewardStage):
-            scorer = add_reward_role(self.shared, f"reward model {name}", self.folder / name / "adapter")
+            written = name
         elif isinstance(settings, SamplingStage) and stage is None:
-            scorer = external_scorer(settings.reward, self.shared, self.text_format)
-            learnt_from = manifest["made_from"][f"stages.{name}.reward"]
-            if isinstance(scorer, ServerScorer) and (there := scorer.server.identity.manifest) != learnt_from:
-                raise InputError(
-                    f"{settings.reward}: has another reward model (manifest {there[:12]}) than {self.folder / name} "
-                    f"learnt from ({learnt_from[:12]}); serve that one there."
-                )
+            written = settings.reward
         else:
             raise InputError(f"{name}: is a stage of kind {manifest['kind']}; a stage of kind reward gives scores.")
+        artefacts = self.foreign if self.recipe.scorer_source(written) == "model" else {}
+        place = foreign.folder_of(written, self.folder, artefacts)
+        scorer = scorer_of(written, place, self.shared, self.text_format, role=f"reward model {name}")
+        if isinstance(scorer, ServerScorer):
+            there, learnt_from = scorer.server.identity.manifest, manifest["made_from"][f"stages.{name}.reward"]
+            if there != learnt_from:
+                raise InputError(
+                    f"{written}: has another reward model (manifest {there[:12]}) than {self.folder / name} learnt "
+                    f"from ({learnt_from[:12]}); serve that one there."
+                )
         unit = manifest["score_normalisation"]
         return RewardModel(name, scorer, unit["mean"], unit["std"])
 

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rlhf_kit import story
 from rlhf_kit.recipe import Recipe, SamplingStage
+from rlhf_kit.settings import HUB
 
 
 def model_card(
@@ -21,12 +22,18 @@ def model_card(
     evaluation: Mapping[str, Any] | None,
     repo: str,
     data: Sequence[Mapping[str, Any]],
+    starts: Mapping[str, str],
     base_licence: str | None,
 ) -> tuple[str, list[str]]:
     """Return the card of a run whose policy `stage` lies at the root of `repo`, and what to warn of.
 
-    evaluation: `eval.json`, if there is one. data: name, license and Hub repository of each data card. base_licence:
-    None where it is not known.
+    <<<<<<< HEAD
+        evaluation: `eval.json`, if there is one. data: name, license and Hub repository of each data card. base_licence:
+        None where it is not known.
+    =======
+        data: name, license and Hub repository of each data card. starts: "stage.field" and what it names that no stage
+        made. base_licence: None where it is not known.
+    >>>>>>> h-merge
     """
     base = recipe.base
     hub_base = base.hub_id or (None if recipe.is_local_base else base.model)
@@ -47,6 +54,11 @@ def model_card(
     if isinstance(settings, SamplingStage) and recipe.reward_source(stage) == "server":
         made_by = manifests[stage]["made_from"][f"stages.{stage}.reward"][:12]
         warnings.append(f"the reward model of {stage} is not here: {settings.reward} served it (manifest {made_by})")
+    here = [f"{what} ({where})" for what, where in starts.items() if not where.startswith(HUB)]
+    if here:
+        warnings.append(f"nobody else has the folder of {', '.join(here)}; push it, and name it {HUB}OWNER/NAME")
+    if len(here) < len(starts):
+        warnings.append("the licences of what was taken from the Hub beside base and data are not in this one")
     metadata = ModelCardData(
         base_model=hub_base,
         library_name="peft",
@@ -71,6 +83,7 @@ def model_card(
         version=manifests[stage]["rlhf_kit"],
         chain=", then ".join(STEPS[recipe.stages[name].kind] for name in manifests),
         stages=[_row(name, manifest) for name, manifest in manifests.items()],
+        starts=starts,
         reward=summary.get("reward") or {},
         systems=systems,
         gold=any("gold" in figures for figures in systems.values()),

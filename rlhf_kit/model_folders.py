@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,12 +20,38 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rlhf_kit.errors import InputError, first_line, printable
+from rlhf_kit.settings import HubReference
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["ModelFolder", "check_adapter", "opened", "safetensors_header"]
+__all__ = [
+    "ModelFolder",
+    "adapter_problems",
+    "check_adapter",
+    "from_hub",
+    "names_on_hub",
+    "opened",
+    "read_object",
+    "safetensors_header",
+]
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+VALUE_HEAD = "value_head.safetensors"
+"""What trl and LLaMA-Factory write beside a causal adapter that is a reward model."""
+LORA_WEIGHT = re.compile(r"\.lora_([AB]\.weight|embedding_[AB])$")
+SCORE_HEAD = re.compile(r"(^|\.)score\.weight$")
+HEADS = {"score", "classifier"}
+"""What PEFT saves beside the adapter of a sequence classifier, under the names that it may have."""
+PLAIN_LORA = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode"),
+    *("modules_to_save", "init_lora_weights", "auto_mapping"),  # judged by themselves
+}
+"""Keys of an adapter's configuration whose effect on what it computes is here what it is in PEFT."""
+PLAIN = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+"""Other keys that PEFT always writes, where they ask for nothing; the rest are empty then."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model"}
@@ -86,21 +113,84 @@ def _fetch_weights(model: str, folder: Path) -> None:
     snapshot_download(model, revision=folder.name, allow_patterns=[str(name) for name in shards])
 
 
+def from_hub(reference: HubReference) -> tuple[Path, str]:
+    """Return the folder, in a snapshot of the Hub's cache, of an adapter, a stage of a run, or a model, and its commit.
+
+    Fetched are its small files, the manifests of stages, and the weights that are loaded; nothing pickled.
+
+    Raises:
+        OSError, ValueError: it cannot be had, as huggingface_hub says.
+    """
+    from huggingface_hub import snapshot_download
+
+    level = f"{reference.subfolder}/" if reference.subfolder else ""
+    snapshot = _snapshot(reference)
+    folder = snapshot / level
+
+    def fetch(*names: str) -> None:
+        snapshot_download(reference.repo, revision=snapshot.name, allow_patterns=[level + name for name in names])
+
+    if (folder / ADAPTER_CONFIG).is_file():
+        fetch(ADAPTER_WEIGHTS, VALUE_HEAD)
+    elif (folder / "adapter" / ADAPTER_CONFIG).is_file():  # a stage of ours; of an ensemble with several
+        fetch(*(f"{place}adapter/{name}" for place in ("", "members/*/") for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
+    elif (folder / "config.json").is_file():
+        fetch(*(_shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]))
+    return folder, snapshot.name
+
+
+@functools.cache
+def _snapshot(reference: HubReference) -> Path:
+    """Return the snapshot of a repository that has the small files of a folder in it, and manifests of stages."""
+    from huggingface_hub import snapshot_download
+
+    level = f"{reference.subfolder}/" if reference.subfolder else ""
+    small = Path(
+        snapshot_download(
+            reference.repo,
+            revision=reference.revision,
+            allow_patterns=[level + pattern for pattern in SMALL_FILES],
+            ignore_patterns=[f"{level}*/*"],
+        )
+    )
+    beside = str(PurePosixPath(reference.subfolder).parent / "manifest.json")  # of adapter/, in the stage's folder
+    ours = [beside, f"{level}*/manifest.json", f"{level}adapter/{ADAPTER_CONFIG}"]
+    snapshot_download(reference.repo, revision=small.name, allow_patterns=ours)
+    return small
+
+
+def names_on_hub(reference: HubReference) -> set[str]:
+    """Return the names of the files in a folder of the Hub, whether they were fetched or not; none if it cannot say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    level = f"{reference.subfolder}/" if reference.subfolder else ""
+    try:
+        names = HfApi().list_repo_files(reference.repo, revision=reference.revision)
+    except (HTTPError, OSError, ValueError):
+        return set()
+    return {name.removeprefix(level) for name in names if name.startswith(level)}
+
+
 def check_adapter(folder: Path) -> None:
     """Refuse an adapter folder that is not plain LoRA as safetensors.
 
     Raises:
         InputError: a file is missing or no regular file of the folder, or the configuration asks for more than LoRA.
     """
-    problems = list(_entry_problems(folder))
-    if not problems:
-        problems = list(_adapter_problems(folder))
+    problems = adapter_problems(folder)
     if problems:
-        raise InputError([printable(problem) for problem in problems])
+        raise InputError(problems)
+
+
+def adapter_problems(folder: Path) -> list[str]:
+    """Return what keeps a folder from being loaded as a plain LoRA adapter, each in one line."""
+    found = list(_entry_problems(folder)) or list(_adapter_problems(folder))
+    return [printable(problem) for problem in found]
 
 
 def _adapter_problems(folder: Path) -> Iterator[str]:
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights, config = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
     if not weights.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         yield (
@@ -118,7 +208,7 @@ def _adapter_problems(folder: Path) -> Iterator[str]:
         yield f"{config}: no such file; an adapter folder holds {config.name} and {weights.name}"
         return
     try:
-        settings = _json(config)
+        settings = read_object(config)
     except InputError as error:
         yield from error.problems
         return
@@ -129,6 +219,17 @@ def _adapter_problems(folder: Path) -> Iterator[str]:
         yield f"{config}: init_lora_weights must be true; seen {_seen(settings, 'init_lora_weights')}"
     if settings.get("auto_mapping") is not None:
         yield f"{config}: auto_mapping names Python code to import; take it out"
+    if not set(settings.get("modules_to_save") or ()) <= HEADS:
+        yield (
+            f"{config}: modules_to_save {_seen(settings, 'modules_to_save')} trains whole layers of the base, which "
+            "stays as it is for every role; merge the adapter into its base and name that as base.model"
+        )
+    more = [key for key, value in settings.items() if key not in PLAIN_LORA and value and PLAIN.get(key) != value]
+    if more:
+        yield (
+            f"{config}: asks for more than LoRA: {', '.join(f'{key} {_seen(settings, key)}' for key in more)}; merge "
+            "the adapter into its base and name that as base.model, or train a plain one"
+        )
 
 
 # ---------------------------------------------------------------- looking
@@ -160,7 +261,7 @@ class ModelFolder:
             yield f"{self.folder} is a model with an adapter in it (adapter_config.json); take the adapter's files out"
         if "config.json" in names:
             try:
-                self.config = _json(self.folder / "config.json")
+                self.config = read_object(self.folder / "config.json")
             except InputError as error:
                 yield from error.problems
             yield from self._config_problems()
@@ -172,7 +273,7 @@ class ModelFolder:
             yield f"{self.folder} has no tokenizer ({', '.join(sorted(TOKENIZERS))}); copy it from the original"
         for name in sorted(names & {"tokenizer_config.json", "special_tokens_map.json"}):
             try:
-                yield from self._tokenizer_problems(name, _json(self.folder / name))
+                yield from self._tokenizer_problems(name, read_object(self.folder / name))
             except InputError as error:
                 yield from error.problems
 
@@ -260,11 +361,16 @@ class ModelFolder:
                     )
 
     @cached_property
-    def parameters(self) -> int:
-        """How many numbers the weights hold."""
+    def tensors(self) -> dict[str, Any]:
+        """The headers of the weights: what each tensor's type and shape are, by its name."""
         shards = [WEIGHTS] if (self.folder / WEIGHTS).exists() else _shards(self.folder / INDEX)
         headers = [safetensors_header(self.folder / name) for name in shards]
-        return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+        return {name: tensor for header in headers for name, tensor in header.items()}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        return sum(math.prod(tensor["shape"]) for tensor in self.tensors.values())
 
     @property
     def context(self) -> int | None:
@@ -297,8 +403,10 @@ def _entry_problems(folder: Path) -> Iterator[str]:
     try:
         home = folder.resolve(strict=True)
         inside = [home]
-        if home.parent.name == "snapshots":
-            inside += [place / "blobs" for place in home.parents[1:3]]  # its own, and the cache's shared ones
+        for place in (home, *home.parents):
+            if place.parent.name == "snapshots":
+                inside += [around / "blobs" for around in place.parents[1:3]]  # its own, and the cache's shared ones
+                break
         templates = folder / "additional_chat_templates"
         entries = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
     except OSError as error:
@@ -331,7 +439,7 @@ def _shards(index: Path) -> list[str]:
     Raises:
         InputError: it is no index, or names something else than files beside it.
     """
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} is not an index of weights; get it again")
     odd = [name for name in weight_map.values() if not isinstance(name, str) or not _is_plain(name)]
@@ -372,7 +480,12 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file of a model holds.
+
+    Raises:
+        InputError: it holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

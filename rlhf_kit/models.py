@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,23 +32,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf_kit import artifacts, recipe
+from rlhf_kit import artifacts, foreign, recipe
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError, first_line
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.maths.logprobs import OutputHead
-from rlhf_kit.model_folders import check_adapter, opened
+from rlhf_kit.model_folders import ADAPTER_WEIGHTS, check_adapter, opened, safetensors_header
 from rlhf_kit.settings import without_local_paths
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every layer of every pass
 
 BASE = "base"
 """The role without an adapter: the pretrained checkpoint itself. It is not the KL reference."""
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 # ---------------------------------------------------------------- the base
@@ -66,6 +66,11 @@ def base_identity(base: recipe.Base) -> dict[str, Any]:
     }
 
 
+def base_content(base: recipe.Base) -> str:
+    """Return the hash of a base's content, also of one from the Hub, which is fetched for it."""
+    return _content_hash(_opened(base))
+
+
 @functools.cache  # a base is gigabytes, and does not change while it is in use
 def _content_hash(folder: Path) -> str:
     return artifacts.content_hash_of_model_folder(folder)
@@ -77,12 +82,15 @@ def context_length(base: recipe.Base) -> int | None:
     Raises:
         InputError: transformers does not know this kind of model.
     """
+    return getattr(_config(base).get_text_config(), "max_position_embeddings", None)
+
+
+def _config(base: recipe.Base) -> PretrainedConfig:
     folder = _opened(base, weights=False)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load(base, error) from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _opened(base: recipe.Base, *, weights: bool = True) -> Path:
@@ -254,21 +262,26 @@ def add_adapter(
 ) -> PeftModel:
     """Return `model` with a new trainable float32 LoRA adapter named "default".
 
-    init: an adapter folder whose LoRA weights it starts from (its heads are not taken over); None starts at zero.
+    init: an adapter folder whose shape it has and whose LoRA weights it starts from (its heads are not taken over);
+    None has the shape of `adapter` and starts at zero.
     seed: of the adapter's random half and, for `SEQ_CLS`, of the head.
 
     Raises:
-        InputError: `init` was made for another base or has another shape.
+        InputError: `init` was made for another base.
     """
-    config = LoraConfig(
-        task_type=TaskType(task),
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules
-        if isinstance(adapter.target_modules, str)
-        else list(adapter.target_modules),
-    )
+    if init is not None:
+        config = _shaped_as(init, model, task)
+        config.lora_dropout = adapter.dropout
+    else:
+        config = LoraConfig(
+            task_type=TaskType(task),
+            r=adapter.r,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=adapter.target_modules
+            if isinstance(adapter.target_modules, str)
+            else list(adapter.target_modules),
+        )
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
         torch.manual_seed(seed)
         if task == "SEQ_CLS":
@@ -298,8 +311,10 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
     artifacts.write_atomically(folder / ADAPTER_WEIGHTS, content)
     config = copy.deepcopy(model.peft_config[role])
     config.inference_mode = True
-    if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # a set, whose order is another in every process
+    for name in ("target_modules", "exclude_modules"):
+        modules = getattr(config, name)
+        if modules is not None and not isinstance(modules, str):
+            setattr(config, name, sorted(modules))  # a set, whose order is another in every process
     config.base_model_name_or_path = without_local_paths(base.model)
     config.revision = None if Path(base.model).is_dir() else base.revision
     config.save_pretrained(str(folder))
@@ -308,32 +323,85 @@ def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = 
 def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> dict[str, Tensor]:
     """Copy an adapter folder's LoRA weights into `role` and return the other tensors of the folder (heads)."""
     stored = read_adapter(folder)
-    manifest = artifacts.read_manifest(folder.parent)
+    manifest = artifacts.manifest_at(folder.parent / artifacts.MANIFEST)
     theirs, ours = manifest and manifest["base"]["sha256"], base_identity(base)["sha256"]
     if theirs and ours and theirs != ours:
         raise InputError(
             f"{folder}: this adapter was made for another base (content {theirs[:12]}) than {base.model} "
             f"(content {ours[:12]}); name the base it was trained on, or train it again on this one."
         )
-    lora_name = re.compile(rf"\.(lora_\w+)\.{re.escape(role)}(\.weight)?$")
-    wanted = {
-        lora_name.sub(r".\1\2", name): parameter
-        for name, parameter in model.named_parameters()
-        if lora_name.search(name)
-    }
+    wanted = _lora_weights(model, role)
     lora = {name: tensor for name, tensor in stored.items() if ".lora_" in name}
-    wrong = sorted(wanted.keys() ^ lora.keys()) or [
-        name for name, tensor in lora.items() if tensor.shape != wanted[name].shape
-    ]
-    if wrong:
-        raise InputError(
-            f"{folder}: this adapter does not fit {base.model} with the recipe's adapter settings: {wrong[0]} and "
-            f"{len(wrong) - 1} more weights differ in name or shape; it was made for another base, rank or target."
-        )
+    if wrong := _unlike(wanted, {name: tensor.shape for name, tensor in lora.items()}):
+        raise InputError(f"{folder}: {_does_not_fit(base, wrong)}")
     with torch.no_grad():
         for name, tensor in lora.items():
             wanted[name].copy_(tensor)
     return {name: tensor for name, tensor in stored.items() if name not in lora}
+
+
+def _lora_weights(model: PeftModel, role: str) -> dict[str, nn.Parameter]:
+    """Return the weights of a role's adapter by the names that they have in a file."""
+    lora_name = re.compile(rf"\.(lora_\w+)\.{re.escape(role)}(\.weight)?$")
+    return {
+        lora_name.sub(r".\1\2", name): parameter
+        for name, parameter in model.named_parameters()
+        if lora_name.search(name)
+    }
+
+
+def _unlike(wanted: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the weights that are in one of the two only, or else those of another shape."""
+    return sorted(wanted.keys() ^ shapes.keys()) or [
+        name for name, shape in shapes.items() if list(shape) != list(wanted[name].shape)
+    ]
+
+
+def _does_not_fit(base: recipe.Base, wrong: Sequence[str]) -> str:
+    return (
+        f"this adapter does not fit {base.model}: {wrong[0]} and {len(wrong) - 1} more weights differ in name or "
+        "shape; it was made for another base, rank or target."
+    )
+
+
+def _shaped_as(folder: Path, model: PreTrainedModel, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
+    """Return the configuration of an adapter on `model` that has the shape of the one in a folder, without dropout."""
+    check_adapter(folder)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType(task), None, False
+    config.lora_dropout, config.init_lora_weights = 0.0, True
+    # PEFT warns of another name; `_copy_lora` looks closer.
+    config.base_model_name_or_path = model.name_or_path
+    return config
+
+
+def misfits(base: recipe.Base, artefact: Foreign) -> tuple[list[str], list[str]]:
+    """Return why an adapter that others made does not fit the base, and notes on how far that can be told.
+
+    The base is built without weights for it, so this takes no memory and is done before anything is trained.
+    """
+    if artefact.kind == "model":
+        return [], []
+    problem, note = foreign.base_told_apart(artefact, base, base_identity(base)["sha256"])
+    problems = [problem] if problem else [f"{artefact.written}: {found}" for found in _unfitting(base, artefact)]
+    return problems, [note] if note else []
+
+
+def _unfitting(base: recipe.Base, artefact: Foreign) -> Iterator[str]:
+    config = _config(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        try:
+            peft_model = get_peft_model(model, _shaped_as(artefact.folder, model, "CAUSAL_LM"))
+        except ValueError as error:  # PEFT found none of the modules, or none that it can adapt
+            yield f"this adapter does not fit {base.model}: {first_line(error)}"
+            return
+    header = safetensors_header(artefact.folder / ADAPTER_WEIGHTS)
+    lora = {name: tensor["shape"] for name, tensor in header.items() if ".lora_" in name}
+    if wrong := _unlike(_lora_weights(peft_model, "default"), lora):
+        yield _does_not_fit(base, wrong)
+    elif isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        yield "adapts the base's output head, which stays as it is for every role; merge it into its base"
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -395,12 +463,7 @@ class SharedBase:
         Raises:
             InputError: the adapter was made for another base.
         """
-        check_adapter(folder)
-        config = LoraConfig.from_pretrained(str(folder))
-        config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
-        config.lora_dropout = 0.0
-        # PEFT warns of another name; `_copy_lora` looks closer.
-        config.base_model_name_or_path = self.causal.name_or_path
+        config = _shaped_as(folder, self.causal, "CAUSAL_LM")
         if self.peft is None:
             self.peft = get_peft_model(self.causal, config, adapter_name=role)
         else:
@@ -408,7 +471,7 @@ class SharedBase:
         heads = _copy_lora(self.peft, role, folder, self.base)
         self._layers = [module for module in self.causal.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
-            if isinstance(layer, LoraLayer) and isinstance(layer.lora_A[role], nn.Linear):
+            if isinstance(layer, LoraLayer) and role in layer.lora_A and isinstance(layer.lora_A[role], nn.Linear):
                 layer.forward = types.MethodType(_adapted, layer)
         for name, parameter in self.peft.named_parameters():
             if re.search(rf"\.lora_\w+\.{re.escape(role)}(\.weight)?$", name):
@@ -483,9 +546,9 @@ def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
 
     What PEFT computes, in fewer passes over memory; they are most of the time that an adapter costs on a CPU.
     """
-    if self.disable_adapters:
-        return self.base_layer(x)
     (role,) = self.active_adapters
+    if self.disable_adapters or role not in self.lora_A:  # roles may adapt different layers
+        return self.base_layer(x)
     down, up = self.lora_A[role].weight, self.lora_B[role].weight
     rows = x.flatten(0, -2)
     result = self.base_layer(rows)

@@ -27,7 +27,20 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import artifacts, check, distributed, evaluation, health, metrics, models, remote_reward, report, scorers
+from rlhf_kit import (
+    artifacts,
+    check,
+    distributed,
+    evaluation,
+    foreign,
+    health,
+    metrics,
+    models,
+    remote_reward,
+    repeat,
+    report,
+    scorers,
+)
 from rlhf_kit.collate import (
     TextFormat,
     Tokenised,
@@ -40,6 +53,7 @@ from rlhf_kit.collate import (
 from rlhf_kit.errors import InputError, Interrupted, NotPushed, RequirementMissed, did_you_mean, first_line
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
+from rlhf_kit.foreign import Foreign
 from rlhf_kit.memory import keep_freed_memory
 from rlhf_kit.metrics import say
 from rlhf_kit.recipe import (
@@ -57,7 +71,7 @@ from rlhf_kit.recipe import (
     load_recipe,
     resolved_yaml,
 )
-from rlhf_kit.settings import without_local_paths
+from rlhf_kit.settings import HUB, without_local_paths
 from rlhf_kit.stages import Job, Outcome, StopRequest
 from rlhf_kit.token_cache import tokenised
 
@@ -88,7 +102,7 @@ class Run:
 
 
 def run(
-    recipe_path: Path,
+    recipe_path: Path | str,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     out: Path | None = None,
     *,
@@ -96,24 +110,36 @@ def run(
     fresh: bool = False,
 ) -> Run:
     """Run the stages of a recipe that are not finished, then measure the result; see `rlhf_kit.run`."""
-    recipe = load_recipe(recipe_path, _as_written(overrides))
+    published = repeat.fetched(str(recipe_path)) if str(recipe_path).startswith(HUB) else None
+    with repeat.explained(published):
+        recipe = load_recipe(published.recipe if published else recipe_path, _as_written(overrides))
+    if published is not None:
+        recipe = repeat.as_repeated(published, recipe, list(_as_written(overrides)))
     if only is not None and only not in recipe.stages:
         raise InputError(f"--only {only}: {recipe.path} has no such stage{did_you_mean(only, recipe.stages)}")
-    plan = check.plan(recipe)
-    folder = out or Path("runs") / recipe.name
+    with repeat.explained(published):
+        plan = check.plan(recipe)
+    unsure = check_foreign(recipe, plan.foreign)
+    folder = out or Path("runs") / (published.name if published else recipe.name)
     artifacts.check_run_directory(folder)
     accelerator = start(recipe)
     text_format = load_text_format(recipe.base)
     for note in text_format.notes:
         say(f"tokenizer: {note}")
-    for note in plan.notes:
+    for artefact in plan.foreign.values():
+        say(f"from: {artefact}; content {artefact.sha256[:12]}")
+    for note in [*plan.notes, *unsure]:
         say(f"note: {note}")
+    if published is not None:
+        as_it_was = ["data, base and versions are as they were"]
+        for difference in repeat.differences(published, recipe, plan.examples) or as_it_was:
+            say(f"{published.written}: {difference}")
     check_imports(recipe, plan.examples)
     for examples in plan.examples.values():
         refuse_special_tokens([*examples.train, *examples.heldout], text_format)
     check_lengths(recipe, plan.examples, text_format)
     with StopRequest() as stop, artifacts.writing(folder), _held(folder, accelerator):
-        pipeline = Pipeline(recipe, folder, plan.examples, text_format, accelerator, stop)
+        pipeline = Pipeline(recipe, folder, plan.examples, plan.foreign, text_format, accelerator, stop)
         if fresh:
             _on_main(accelerator, lambda: artifacts.remove_folder(folder / only) if only else artifacts.clear(folder))
         try:
@@ -253,6 +279,22 @@ def _unanswered(recipe: Recipe) -> Iterator[str]:
                     yield from (f"{recipe.where(at)}: {problem}" for problem in error.problems)
 
 
+def check_foreign(recipe: Recipe, artefacts: Mapping[str, Foreign]) -> list[str]:
+    """Return what cannot be told of how adapters that others made fit the base.
+
+    Raises:
+        InputError: they do not fit it.
+    """
+    problems, notes = [], []
+    for written, artefact in artefacts.items():
+        wrong, unsure = models.misfits(recipe.base, artefact)
+        problems += [f"{foreign.place(recipe, written)}: {problem}" for problem in wrong]
+        notes += unsure
+    if problems:
+        raise InputError(problems)
+    return notes
+
+
 def check_lengths(recipe: Recipe, examples: Mapping[Cards, Examples], text_format: TextFormat) -> None:
     """Refuse rows that do not fit, before hours are spent on the stages that come first.
 
@@ -305,6 +347,7 @@ class Pipeline:
     recipe: Recipe
     folder: Path
     examples: Mapping[Cards, Examples]
+    foreign: Mapping[str, Foreign]
     text_format: TextFormat
     accelerator: Accelerator
     stop: StopRequest
@@ -321,12 +364,10 @@ class Pipeline:
         cards: dict[str, Cards | None] = {field: getattr(settings, field, None) for field in CARD_FIELDS}
         own |= {field: self.examples[card].content_hash for field, card in cards.items() if card is not None}
         own = artifacts.flat(own)
+        own |= {field: self.foreign[written].sha256 for field, written in self.recipe.foreign(name).items()}
         for at, scorer in check.scorers_of(name, settings).items():
-            source, key = self.recipe.scorer_source(scorer), at.removeprefix(f"stages.{name}.")
-            if source == "server":
-                own[key] = remote_reward.identity(scorer).manifest
-            elif source == "model" and Path(scorer).is_dir():
-                own[key] = artifacts.content_hash_of_model_folder(Path(scorer))
+            if self.recipe.scorer_source(scorer) == "server":
+                own[at.removeprefix(f"stages.{name}.")] = remote_reward.identity(scorer).manifest
         if isinstance(settings, OnlineStage) and settings.ptx is not None:
             own["ptx.data"] = self.examples[settings.ptx.data].content_hash
         base = models.base_identity(self.recipe.base)
@@ -354,6 +395,8 @@ class Pipeline:
             return
         folder = self.folder / name
         inputs = {stage: artifacts.read_manifest(self.folder / stage) or {} for stage in self.recipe.depends_on(name)}
+        artefacts = {written: self.foreign[written] for written in self.recipe.foreign(name).values()}
+        inputs |= {written: dict(one.manifest) for written, one in artefacts.items() if one.manifest is not None}
         settings = self.recipe.stages[name]
         job = Job(
             recipe=self.recipe,
@@ -361,6 +404,7 @@ class Pipeline:
             settings=settings,
             folder=folder,
             inputs=inputs,
+            foreign=artefacts,
             examples=self.examples,
             text_format=self.text_format,
             accelerator=self.accelerator,
@@ -492,6 +536,8 @@ class Pipeline:
         settings = without_local_paths(job.settings.model_dump())
         extra = dict(outcome.extra)
         begun = artifacts.read_json(job.folder / artifacts.STARTED)
+        inputs = {stage: made_from[f"inputs.{stage}"] for stage in self.recipe.depends_on(job.name)}
+        inputs |= {foreign.input_name(written): one.source() for written, one in job.foreign.items()}
         manifest = {
             "schema": artifacts.SCHEMA,
             "rlhf_kit": artifacts.__version__,
@@ -499,7 +545,7 @@ class Pipeline:
             "kind": job.settings.kind,
             "base": without_local_paths(models.base_identity(self.recipe.base)),
             "tokenizer": self.text_format.identity(),
-            "inputs": {stage: made_from[f"inputs.{stage}"] for stage in job.inputs},
+            "inputs": inputs,
             "data": outcome.data,
             "settings": settings,
             "settings_hash": artifacts.hash_of(settings),
@@ -537,7 +583,13 @@ class Pipeline:
         self._raise_if_stopped("the evaluation")
         with self.stop.nothing_to_lose(self.accelerator):
             summary = evaluation.summarise(
-                self.recipe, self.folder, self.finished(), self.examples, self.text_format, self.accelerator
+                self.recipe,
+                self.folder,
+                self.finished(),
+                self.examples,
+                self.foreign,
+                self.text_format,
+                self.accelerator,
             )
         summary["made_from"] = made_from
         if self.accelerator.is_main_process:
@@ -603,7 +655,9 @@ def _as_written(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
     return [f"{key}={json.dumps(value)}" for key, value in artifacts.flat(overrides).items()]
 
 
-def _again(recipe_path: Path, overrides: Mapping[str, Any] | Sequence[str], out: Path | None, only: str | None) -> str:
+def _again(
+    recipe_path: Path | str, overrides: Mapping[str, Any] | Sequence[str], out: Path | None, only: str | None
+) -> str:
     """Return the command that goes on with this run; without --fresh, which would not."""
     words = [str(recipe_path)]
     for override in _as_written(overrides):

@@ -166,8 +166,13 @@ def contents(run: FinishedRun, stage: str, repo: str, base_licence: str | None) 
     files |= {inside: _read(Path(path)) for path, inside in cards.items()}
     files[artifacts.RECIPE] = _recipe(run).encode()
     described = [_described(Path(path)) for path in cards]
+<<<<<<< HEAD
     summary, evaluation = _written(run, artifacts.SUMMARY) or {}, _written(run, artifacts.EVAL)
     card, warnings = model_card(run.recipe, stage, manifests, summary, evaluation, repo, described, base_licence)
+=======
+    starts = {f"{name}.{key}": where for name in manifests for key, where in run.starts(name).items()}
+    card, warnings = model_card(run.recipe, stage, manifests, _summary(run), repo, described, starts, base_licence)
+>>>>>>> h-merge
     files["README.md"] = card.encode()
     return files, warnings
 
@@ -228,10 +233,16 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _recipe(run: FinishedRun) -> str:
-    """Return the resolved recipe as it is for others: the base by its Hub id, cards where the repository has them."""
+    """Return the resolved recipe as it is for others: the base by its Hub id, what is from the Hub at its commit, cards
+    where the repository has them.
+    """
     data = run.recipe.model_dump()
     base = data["base"]
     base["model"] = base["hub_id"] or base["model"]
+    for name in run.recipe.stages:
+        for key, artefact in run.starts(name).items():
+            *section, field = key.split(".")
+            (data["stages"][name][section[0]] if section else data["stages"][name])[field] = artefact
     cards = _cards(run)
 
     def moved(value: Any) -> Any:

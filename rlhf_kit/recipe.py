@@ -19,9 +19,11 @@ from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, Validati
 from rlhf_kit.errors import InputError, did_you_mean, printable
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml, write_yaml
 from rlhf_kit.settings import (
+    HUB,
     HUB_ID,
     Count,
     Fraction,
+    HubReference,
     NonNegative,
     Positive,
     Settings,
@@ -29,6 +31,7 @@ from rlhf_kit.settings import (
     TextOrTexts,
     explain,
     find_path,
+    hub_reference,
     matching,
     not_found,
     read_text,
@@ -202,7 +205,8 @@ class SFTStage(_Reading):
     kind: Literal["sft"]
     """Says which of the kinds of stage this is."""
     init: Text | None = None
-    """An earlier sft stage whose adapter this one goes on from."""
+    """What this one goes on from: an earlier sft stage; or the adapter of a causal language model in a folder or on the
+    Hub (hub://OWNER/NAME[/SUBFOLDER][@REVISION]), whose rank and targets it then keeps."""
     data: Cards
     """A data card of kind demonstrations or text, or several to mix."""
 
@@ -236,7 +240,7 @@ class RewardStage(_Reading):
     kind: Literal["reward"]
     """Says which of the kinds of stage this is."""
     init: Text | None = None
-    """An earlier sft stage whose adapter the reward adapter starts as a copy of."""
+    """What the reward adapter starts as a copy of: an earlier sft stage, or an adapter in a folder or on the Hub."""
     data: Cards
     """A data card of kind preferences or rankings, or several to mix."""
     normalize_on: Text | None = None
@@ -274,8 +278,7 @@ class Watch(Settings):
     """Held-out prompts of the stage's `prompts`, at most; from the end of the order in which the closing table takes
     them, so that the two share as few as can be."""
     gold: Text | None = None
-    """A scorer that the policy is not trained on: an earlier reward stage, a folder or Hub id of a sequence
-    classification model, or package.module:function."""
+    """A scorer that the policy is not trained on: an earlier reward stage, or anything else that `reward` may name."""
 
 
 class Guard(Settings):
@@ -309,7 +312,8 @@ class TunedStage(_Stage):
     """What every stage has that tunes a policy further; the closing table compares the two."""
 
     policy: Text
-    """An earlier stage that makes a policy, of any kind but reward: where this one starts, and the KL reference."""
+    """Where this one starts, and the KL reference: an earlier stage that makes a policy, of any kind but reward; or an
+    adapter in a folder or on the Hub (hub://OWNER/NAME[/SUBFOLDER][@REVISION])."""
     kl_budget: Positive | None = None
     """Nats per completion that the closing table compares with."""
 
@@ -318,8 +322,9 @@ class SamplingStage(TunedStage):
     """What every stage has whose completions are sampled and scored."""
 
     reward: Text
-    """An earlier reward stage; a folder or Hub id of a sequence classification model; package.module:function; or the
-    address of a reward server (`rlhf-kit serve-reward`), such as http://127.0.0.1:8000."""
+    """An earlier reward stage; a folder or hub://OWNER/NAME[/SUBFOLDER][@REVISION] of a reward model, as an adapter or
+    as a sequence classification model; package.module:function; or the address of a reward server (`rlhf-kit
+    serve-reward`), such as http://127.0.0.1:8000."""
     prompts: Cards
     """A data card of kind prompts, or several; of demonstrations, preferences and rankings the prompts are used."""
     max_new_tokens: Count = 64
@@ -596,6 +601,32 @@ class Recipe(Settings):
         stages = [(name, stage) for name, stage in self.stages.items() if isinstance(stage, SamplingStage)]
         return stages[-1] if stages else None
 
+    def foreign(self, stage: str) -> dict[str, str]:
+        """Return the fields of a stage that name a folder or a repository of the Hub, and what they name."""
+        return {
+            field: name
+            for field, name, _ in _references(self.stages[stage].model_dump())
+            if name not in self.stages and not (field in SCORERS and self.scorer_source(name) != "model")
+        }
+
+    def start_of(self, stage: str) -> str:
+        """Return the name of the policy that a stage tunes further: a stage, or "start of" the first that names it."""
+        settings = self.stages[stage]
+        assert isinstance(settings, TunedStage)
+        return settings.policy if settings.policy in self.stages else self._starts()[settings.policy]
+
+    def starts(self) -> dict[str, str]:
+        """Return the policies that stages tune further and none has made, by the name that results give them."""
+        return {name: written for written, name in self._starts().items()}
+
+    def _starts(self) -> dict[str, str]:
+        first: dict[str, str] = {}
+        for name in self.stages:
+            written = self.foreign(name).get("policy")
+            if written is not None:
+                first.setdefault(written, f"start of {name}")
+        return first
+
     def depends_on(self, stage: str) -> list[str]:
         """Return the names of the earlier stages that a stage builds on, in the order in which its fields name them."""
         return list(
@@ -769,7 +800,7 @@ NEEDED: Mapping[str, str] = {
     "kind": either(STAGE_KINDS),
     "data": "the data card to learn from",
     "card": "a data card, such as data_cards/mine.md",
-    "policy": "the earlier stage to start from, such as the sft stage",
+    "policy": "the earlier stage to start from, such as the sft stage, or an adapter",
     "reward": "an earlier reward stage, a model, package.module:function, or the address of a reward server",
     "prompts": "the data card with the prompts",
     "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2 (dpo, kto: the paper's beta)",
@@ -914,7 +945,7 @@ MAY_NAME: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 SCORERS = ("reward", "watch.gold")
-"""Fields that may also name a function or a model."""
+"""Fields that name what gives scores: a function or a server too."""
 
 
 def _references(stage: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -941,7 +972,7 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
                 if key in SCORERS and is_address(target):
                     yield from ((at, problem) for problem in _address_problems(target))
                     continue
-                if key in SCORERS and (FUNCTION.fullmatch(target) or _names_a_model(target, folder)):
+                if _names_a_model(target, folder) or (key in SCORERS and FUNCTION.fullmatch(target)):
                     continue
                 yield at, f"there is no stage {target}{did_you_mean(target, [n for n in stages if n != name])}"
             elif order[target] > order[name]:
@@ -954,7 +985,7 @@ def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
 
 def is_address(reward: str) -> bool:
     """Return whether a `reward` is the address of a server, well written or not."""
-    return "://" in reward
+    return "://" in reward and not reward.startswith(HUB)
 
 
 def _address_problems(written: str) -> Iterator[str]:
@@ -994,11 +1025,11 @@ def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[P
                     if isinstance(portion, dict):
                         at = ("stages", name, key, index, "card")
                         yield from _file(portion, "card", at, folder, look, "data card")
-            if _names_a_model(stage.get("reward"), folder) and stage["reward"] not in stages:
-                yield from _model(stage, "reward", ("stages", name, "reward"), folder, look)
-            gold = _within(stage, "watch", "gold")
-            if _names_a_model(gold, folder) and gold not in stages:
-                yield from _model(stage["watch"], "gold", ("stages", name, "watch", "gold"), folder, look)
+            for key, target, _ in _references(stage):
+                if _names_a_model(target, folder) and target not in stages:
+                    at = ("stages", name, *key.split("."))
+                    settings = _at(at[:-1], data)
+                    yield from _artefact(settings, at, folder, look, bare_hub_id=key in SCORERS)
             if isinstance(stage.get("ptx"), dict):
                 yield from _file(stage["ptx"], "data", ("stages", name, "ptx", "data"), folder, look, "data card")
     if isinstance(evaluation, dict):
@@ -1017,10 +1048,29 @@ def _unpinned_code(base: dict[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _names_a_model(reward: Any, folder: Path) -> bool:
-    if not isinstance(reward, str) or FUNCTION.fullmatch(reward) or is_address(reward):
+def _names_a_model(target: str, folder: Path) -> bool:
+    """Whether what is no stage is written as a folder or a repository of the Hub."""
+    if FUNCTION.fullmatch(target) or is_address(target):
         return False
-    return re.search("[/:]", reward) is not None or any((place / reward).is_dir() for place in (folder, Path()))
+    here = find_path(target, [folder, Path()])
+    return re.search("[/:]", target) is not None or (here is not None and here.is_dir())
+
+
+def _artefact(
+    settings: dict[str, Any], at: KeyPath, folder: Path, look: bool, *, bare_hub_id: bool
+) -> Iterator[Problem]:
+    """Yield what is wrong with the name of an adapter or a model, which of a reward model may lack its hub://."""
+    key = str(at[-1])
+    written = settings[key]
+    if written.startswith(HUB):
+        if hub_reference(written) is None:
+            yield at, f"must be written {HubReference.FORM}; seen {written[:80]}"
+        return
+    if not bare_hub_id and HUB_ID.fullmatch(written) and find_path(written, [folder, Path()]) is None:
+        if look:
+            yield at, f"there is no folder {written}; on the Hub it is {HUB}{written}"
+        return
+    yield from _model(settings, key, at, folder, look)
 
 
 def _file(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: bool, what: str) -> Iterator[Problem]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,11 +20,15 @@ from rlhf_kit.chat_templates import try_template
 from rlhf_kit.collate import TextFormat, encode_chat, hide_special_tokens, special_tokens_pattern
 from rlhf_kit.errors import InputError, did_you_mean, first_line
 from rlhf_kit.examples import Prompt
+from rlhf_kit.foreign import SUMMARY_BIAS, SUMMARY_WEIGHT
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.metrics import say
-from rlhf_kit.model_folders import opened
+from rlhf_kit.model_folders import ADAPTER_CONFIG, SCORE_HEAD, VALUE_HEAD, opened
 from rlhf_kit.models import SharedBase, base_identity, new_head
 from rlhf_kit.remote_reward import SCORE_TEXTS, SCORE_TOKENS, RewardServer
+
+SUMMATION_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+"""How far two results near 1 may be apart where only the order of summation differs (padding, batch size)."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,11 @@ class AdapterScorer:
 
 
 def add_reward_role(shared: SharedBase, role: str, folder: Path) -> AdapterScorer:
-    """Return the scorer of a reward stage's adapter folder, added to the shared base as a frozen role.
+    """Return the scorer of a reward adapter's folder, added to the shared base as a frozen role.
 
     Where the manifest beside the folder tells of an ensemble, `role` is its first member and the others join it.
     """
-    manifest = artifacts.read_manifest(folder.parent) or {}
+    manifest = artifacts.manifest_at(folder.parent / artifacts.MANIFEST) or {}
     ensemble = manifest.get("ensemble")
     if ensemble is None:
         _add_member(shared, role, folder, 0.0, 1.0)
@@ -101,13 +106,15 @@ def add_reward_role(shared: SharedBase, role: str, folder: Path) -> AdapterScore
 def _add_member(shared: SharedBase, role: str, folder: Path, mean: float, std: float) -> None:
     """Add a reward adapter and its head as a frozen role whose score is (the adapter's - mean) / std."""
     heads = shared.add(role, folder)
-    weights = [tensor for name, tensor in heads.items() if name.endswith("score.weight")]
+    if (folder / VALUE_HEAD).is_file():  # trl's and LLaMA-Factory's, beside a causal adapter
+        heads |= load_file(folder / VALUE_HEAD)
+    weights = [tensor for name, tensor in heads.items() if SCORE_HEAD.search(name) or name == SUMMARY_WEIGHT]
     if len(weights) != 1 or weights[0].shape != (1, shared.width):
         raise InputError(f"{folder}: holds no score head for this base; a reward model is a SEQ_CLS adapter with one.")
     head = new_head(shared.width, shared.device, bias=True)
     with torch.no_grad():
         head.weight.copy_(weights[0] / std)
-        head.bias.fill_(-mean / std)
+        head.bias.copy_((heads.get(SUMMARY_BIAS, torch.zeros(1)) - mean) / std)
     shared.set_head(role, head)
 
 
@@ -232,16 +239,41 @@ def reads(base: recipe.Base, text_format: TextFormat) -> dict[str, Any]:
     return {"base": {key: identity[key] for key in named}, "tokenizer": tokenizer}
 
 
-def external_scorer(name: str, shared: SharedBase, text_format: TextFormat, setting: str = "reward") -> Scorer:
-    """Return the scorer of a `reward:` that is no stage: a server, a function or a classifier, as it is written.
+def scorer_of(
+    name: str, folder: Path, shared: SharedBase, text_format: TextFormat, *, role: str, setting: str = "reward"
+) -> Scorer:
+    """Return the scorer that a recipe names: a server, a function, an adapter, which becomes a role on the shared base,
+    or a classifier.
 
-    setting: what named it, for messages.
+    folder: of the adapter or the classifier, if it is one. setting: what named it, for messages.
     """
     if recipe.is_address(name):
         return ServerScorer(name, shared, text_format)
     if recipe.FUNCTION.fullmatch(name):
         return FunctionScorer(name, shared.device)
-    return ClassifierScorer(name, shared.device, setting)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return add_reward_role(shared, role, folder)
+    return ClassifierScorer(str(folder), shared.device, setting)
+
+
+def probe_error(scorer: Scorer, shared: SharedBase, manifest: Mapping[str, Any]) -> float:
+    """Return the largest difference of the scores of a reward stage's stored probe then and now; 0 where none is
+    stored, or the base was held in another precision then.
+    """
+    there = manifest.get("base", {})
+    if any(there[key] != getattr(shared.base, key) for key in ("quantization", "dtype") if key in there):
+        return 0.0
+    errors = [0.0]
+    for probe in manifest.get("probe", []):
+        ids = torch.tensor([probe["ids"]], device=shared.device)
+        now = scorer(Written([""], [""], ids, torch.ones_like(ids, dtype=torch.bool)))
+        errors.append(abs(float(now) - probe["score"]))
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def probe_limit(shared: SharedBase, unit: tuple[float, float] | None) -> float:
+    """Return how large that may be, by the order of summation alone; unit: mean and standard deviation of the score."""
+    return SUMMATION_TOLERANCE[shared.base.dtype] * max(1.0, unit[1] if unit is not None else 1.0)
 
 
 def load_function(name: str) -> Callable[..., Any]:

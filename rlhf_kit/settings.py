@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ from rlhf_kit.marked_yaml import KeyPath, MarkedYaml
 MAX_BYTES = 1_000_000
 """Recipes and cards are a page or a few long; something larger is another file."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+HUB = "hub://"
+_HUB_REFERENCE = re.compile(rf"{HUB}({HUB_ID.pattern})((?:/[A-Za-z0-9_][\w.-]*)*)(?:@(\w[\w./-]*))?")
 
 
 class Settings(BaseModel):
@@ -132,6 +135,30 @@ def written_wrongly(key: str, written: Mapping[str, Any], fields: Iterable[str])
     """Return whether one of the unknown keys written is probably meant to be `key`."""
     known = list(fields)
     return any(near(other, known) == f"; did you mean {key}?" for other in written if other not in known)
+
+
+# ---------------------------------------------------------------- the Hub
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """A repository of the Hub, or a folder in one, at a revision: hub://OWNER/NAME[/SUBFOLDER][@REVISION]."""
+
+    repo: str
+    subfolder: str = ""
+    revision: str | None = None
+
+    FORM = "hub://OWNER/NAME[/SUBFOLDER][@REVISION]"
+
+    def __str__(self) -> str:
+        inside = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{HUB}{self.repo}{inside}{f'@{self.revision}' if self.revision else ''}"
+
+
+def hub_reference(written: str) -> HubReference | None:
+    """Return what a text that begins with hub:// names, or None where it is not written as such a reference."""
+    found = _HUB_REFERENCE.fullmatch(written)
+    return HubReference(found[1], found[2].strip("/"), found[3]) if found else None
 
 
 # ---------------------------------------------------------------- files

@@ -20,9 +20,12 @@ from accelerate import Accelerator
 
 from rlhf_kit import distributed
 from rlhf_kit.collate import TextFormat
-from rlhf_kit.errors import Interrupted
+from rlhf_kit.errors import InputError, Interrupted
 from rlhf_kit.examples import Examples
+from rlhf_kit.foreign import Foreign, folder_of
+from rlhf_kit.models import SharedBase
 from rlhf_kit.recipe import Cards, Recipe, Stage
+from rlhf_kit.scorers import Scorer, ServerScorer, probe_error, probe_limit, scorer_of
 
 __all__ = ["Job", "Outcome", "StopRequest"]
 
@@ -81,16 +84,45 @@ class Job:
     folder: Path
     """Where adapter/, metrics.jsonl, samples.jsonl and checkpoints/ go."""
     inputs: Mapping[str, dict[str, Any]]
-    """The manifests of the stages this one builds on, by stage name; their files have been verified."""
+    """The manifests of the stages this one builds on, by stage name, and of what others made with us, by what the
+    recipe names; their files have been verified."""
     examples: Mapping[Cards, Examples]
     """By what the recipe names: a card's path, or a mixture of cards."""
     text_format: TextFormat
     accelerator: Accelerator
     stop: StopRequest
+    foreign: Mapping[str, Foreign] = field(default_factory=dict)
+    """What it starts from or scores with that no stage has made, by what the recipe names."""
 
-    def input_folder(self, stage: str) -> Path:
-        """Return the folder of an earlier stage."""
-        return self.folder.parent / stage
+    def adapter(self, name: str) -> Path:
+        """Return the adapter folder of an earlier stage, or the folder of what others made."""
+        return folder_of(name, self.folder.parent, self.foreign)
+
+    def scorer(
+        self, name: str, shared: SharedBase, role: str, setting: str
+    ) -> tuple[Scorer, tuple[float, float] | None]:
+        """Return what a setting of the stage names to give scores, and the mean and standard deviation that come with
+        it, if any do.
+
+        role: of the shared base, for an adapter. setting: such as reward, for messages.
+
+        Raises:
+            InputError: it cannot be had, or is what others made and scores its own probe otherwise than it did.
+        """
+        at = f"stages.{self.name}.{setting}"
+        scorer = scorer_of(name, self.adapter(name), shared, self.text_format, role=role, setting=at)
+        if isinstance(scorer, ServerScorer):
+            return scorer, scorer.unit
+        manifest = self.inputs.get(name, {})
+        found = manifest.get("score_normalisation")
+        unit = None if found is None else (found["mean"], found["std"])
+        error = probe_error(scorer, shared, manifest) if name in self.foreign else 0.0
+        if not error <= probe_limit(shared, unit):
+            raise InputError(
+                f"{at}: {name} scores its own probe otherwise than its manifest says, by up to {error:.3g}: its base "
+                f"was another one than {self.recipe.base.model}; name that one as base.model, or another scorer"
+            )
+        return scorer, unit
 
 
 @dataclass(frozen=True)

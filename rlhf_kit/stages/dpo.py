@@ -65,7 +65,7 @@ def run(job: Job) -> Outcome:
         causal,
         job.recipe.adapter.model_copy(update={"dropout": 0.0}),
         "CAUSAL_LM",
-        init=job.input_folder(settings.policy) / "adapter",
+        init=job.adapter(settings.policy),
         seed=derived_seed(job.recipe.seed, job.name, "adapter"),
         base=base,
     )

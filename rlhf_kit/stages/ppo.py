@@ -41,7 +41,7 @@ from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say, track
 from rlhf_kit.models import SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.ptx import PTX
-from rlhf_kit.recipe import GRPOStage, OnlineStage, PPOStage, RewardStage, RLOOStage
+from rlhf_kit.recipe import GRPOStage, OnlineStage, PPOStage, RLOOStage
 from rlhf_kit.rollout import (
     ValueFunction,
     completion_logprobs,
@@ -53,12 +53,11 @@ from rlhf_kit.rollout import (
     scored_by_models,
 )
 from rlhf_kit.scorers import (
+    SUMMATION_TOLERANCE,
     AdapterScorer,
-    Scorer,
-    ServerScorer,
     Written,
-    add_reward_role,
-    external_scorer,
+    probe_error,
+    probe_limit,
     score_unit,
     value_head,
 )
@@ -69,8 +68,6 @@ POLICY, REFERENCE, REWARD, VALUE, GOLD = "policy", "reference", "reward", "value
 PROBE_PROMPTS = 4
 UNIT_COMPLETIONS = 256  # at least, to measure the zero and the unit of a score that brings none
 SAMPLES = 8  # completions kept for a reader whenever samples are due
-FIRST_RATIO_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
-"""How far a first ratio may be from 1: only the order of summation differs (padding, batch size)."""
 
 
 def run(job: Job) -> Outcome:
@@ -203,32 +200,23 @@ class PPO:
         job, settings = self.job, self.settings
         base = load_base(job.recipe.base, self.format, self.accelerator)
         self.shared = shared = SharedBase(base, job.recipe.base)
-        sft = job.input_folder(settings.policy) / "adapter"
-        shared.add(REFERENCE, sft)
-        shared.add(POLICY, sft, trainable=True)
+        start = job.adapter(settings.policy)
+        shared.add(REFERENCE, start)
+        shared.add(POLICY, start, trainable=True)
 
-        reward_stage = job.recipe.stages.get(settings.reward)
-        self.mean, self.std = 0.0, 1.0
-        self.scorer: Scorer
-        if isinstance(reward_stage, RewardStage):
-            reward_folder = job.input_folder(settings.reward)
-            self.scorer = add_reward_role(shared, REWARD, reward_folder / "adapter")
-            if settings.normalize_score:
-                unit = job.inputs[settings.reward]["score_normalisation"]
-                self.mean, self.std = unit["mean"], unit["std"]
-        else:
-            self.scorer = external_scorer(settings.reward, shared, self.format)
-            if isinstance(self.scorer, ServerScorer) and settings.normalize_score:
-                self.mean, self.std = self.scorer.unit
+        self.scorer, unit = job.scorer(settings.reward, shared, REWARD, "reward")
+        self.has_unit = unit is not None or not settings.normalize_score
+        self.mean, self.std = unit if unit is not None and settings.normalize_score else (0.0, 1.0)
 
         self.value: ValueFunction = no_values
+        self.value_starts_as: str | None = None
         if self.with_value is None:
             return
-        trained_reward, own_adapter = isinstance(reward_stage, RewardStage), self.with_value.value == "adapter"
-        if own_adapter:
-            shared.add(VALUE, reward_folder / "adapter" if trained_reward else sft, trainable=True)
-        start = REWARD if trained_reward and own_adapter else None
-        shared.set_head(VALUE, value_head(shared, start, self.mean, self.std), trainable=True)
+        if self.with_value.value == "adapter":
+            self.value_starts_as = REWARD if isinstance(self.scorer, AdapterScorer) else None
+            place = job.adapter(settings.reward) if self.value_starts_as else start
+            shared.add(VALUE, place, trainable=True)
+        shared.set_head(VALUE, value_head(shared, self.value_starts_as, self.mean, self.std), trainable=True)
         self.value = value_function(shared, self.with_value.value)
 
     def _load_ptx(self) -> PTX | None:
@@ -270,15 +258,9 @@ class PPO:
                 f"stages.{job.name}.watch: {len(tokenised.rows)} held-out prompts fit, for "
                 f"{self.accelerator.num_processes} processes; hold more out in the card."
             )
-        gold, unit = settings.watch.gold, {"mean": 0.0, "std": 1.0}
-        scorer: Scorer | None = None
-        if gold is not None and job.recipe.scorer_source(gold) == "stage":
-            scorer = add_reward_role(self.shared, GOLD, job.input_folder(gold) / "adapter")
-            unit = job.inputs[gold]["score_normalisation"]
-        elif gold is not None:
-            scorer = external_scorer(gold, self.shared, self.format, f"stages.{job.name}.watch.gold")
-            if isinstance(scorer, ServerScorer):
-                unit = dict(zip(("mean", "std"), scorer.unit, strict=True))
+        gold, gold_unit = None, None
+        if settings.watch.gold is not None:
+            gold, gold_unit = job.scorer(settings.watch.gold, self.shared, GOLD, "watch.gold")
         return Watch(
             self.shared,
             [picked[row].prompt for row in tokenised.kept],
@@ -291,8 +273,8 @@ class PPO:
             text_format=self.format,
             scorer=self.scorer,
             unit=(self.mean, self.std),
-            gold=scorer,
-            gold_unit=(unit["mean"], unit["std"]),
+            gold=gold,
+            gold_unit=gold_unit or (0.0, 1.0),
             guard=settings.guard,
             microbatch=self.pieces,
             accelerator=self.accelerator,
@@ -342,11 +324,16 @@ class PPO:
         with torch.enable_grad():
             again = self.pieces.whole(lambda size: self._logprobs_with_gradients(rollout, size))
         ratio_error = float((torch.exp(again - scored["policy_logprobs"]) - 1).abs().max())
-        found = {"kl": kl_error, "first_ratio_error": ratio_error, "probe_score_error": self._probe_error()}
+        reward = self.job.inputs.get(self.settings.reward, {})
+        found = {
+            "kl": kl_error,
+            "first_ratio_error": ratio_error,
+            "probe_score_error": probe_error(self.scorer, self.shared, reward),
+        }
         limits = {
             "kl": 0.0,
-            "first_ratio_error": FIRST_RATIO_TOLERANCE[self.job.recipe.base.dtype],
-            "probe_score_error": FIRST_RATIO_TOLERANCE[self.job.recipe.base.dtype] * max(1.0, self.std),
+            "first_ratio_error": SUMMATION_TOLERANCE[self.job.recipe.base.dtype],
+            "probe_score_error": probe_limit(self.shared, (self.mean, self.std)),
         }
         for name, error in found.items():
             if not error <= limits[name]:
@@ -362,27 +349,17 @@ class PPO:
             fill(logprobs, rows, completion_logprobs(self.shared, states, piece, self.settings.temperature).detach())
         return logprobs
 
-    def _probe_error(self) -> float:
-        """Return the largest difference of the stored probe's scores then and now; 0 without a reward stage."""
-        manifest = self.job.inputs.get(self.settings.reward)
-        if manifest is None:
-            return 0.0
-        errors = []
-        for probe in manifest["probe"]:
-            ids = torch.tensor([probe["ids"]], device=self.shared.device)
-            now = self.scorer(Written([""], [""], ids, torch.ones_like(ids, dtype=torch.bool)))
-            errors.append(abs(float(now) - probe["score"]))
-        return max(errors)
-
     def resume(self) -> int:
         """Return the update to go on with: 0, or where the newest whole checkpoint left off."""
         found = checkpoints.latest(self.job.folder / artifacts.CHECKPOINTS, say)
         if self.accelerator.is_main_process:
             artifacts.truncate_jsonl(self.samples, found.step if found else 0)
         if found is None:
-            brings_no_unit = self.job.recipe.reward_source(self.job.name) in ("function", "model")
-            if self.settings.normalize_score and brings_no_unit:
+            if not self.has_unit:
                 self.mean, self.std = self._unit_of_reference()
+                if self.value_starts_as is not None:
+                    start = value_head(self.shared, self.value_starts_as, self.mean, self.std)
+                    self.shared.heads[VALUE].load_state_dict(start.state_dict())
             self.watch = self._make_watch()
             return 0
         checkpoints.put_back(found, self.parameters, self.optimizer)

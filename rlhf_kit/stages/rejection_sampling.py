@@ -32,9 +32,9 @@ from rlhf_kit.generation import derived_seed, generate, seed_generators, uniform
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import SharedBase, add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.recipe import RejectionSamplingStage, RewardStage
+from rlhf_kit.recipe import RejectionSamplingStage
 from rlhf_kit.rollout import microbatches, unscored
-from rlhf_kit.scorers import Scorer, ServerScorer, Written, add_reward_role, external_scorer, score_unit
+from rlhf_kit.scorers import Written, score_unit
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.supervised import attach_trainer
 from rlhf_kit.training import Training, without_dropout
@@ -122,7 +122,7 @@ def run(job: Job) -> Outcome:
         causal,
         job.recipe.adapter,
         "CAUSAL_LM",
-        init=job.input_folder(settings.policy) / "adapter",
+        init=job.adapter(settings.policy),
         seed=derived_seed(job.recipe.seed, job.name, "adapter"),
         base=base,
     )
@@ -247,25 +247,17 @@ class Sampling:
     def _load_roles(self) -> None:
         job, settings = self.job, self.settings
         self.shared = SharedBase(load_base(job.recipe.base, self.format, self.accelerator), job.recipe.base)
-        self.shared.add(POLICY, job.input_folder(settings.policy) / "adapter")
-        self.scorer: Scorer
-        if isinstance(job.recipe.stages.get(settings.reward), RewardStage):
-            self.scorer = add_reward_role(self.shared, REWARD, job.input_folder(settings.reward) / "adapter")
-        else:
-            self.scorer = external_scorer(settings.reward, self.shared, self.format)
+        self.shared.add(POLICY, job.adapter(settings.policy))
+        self.scorer, self.own_unit = job.scorer(settings.reward, self.shared, REWARD, "reward")
 
     def _measure_unit(self) -> None:
-        """Find mean and standard deviation of the score: those that the reward stage left, else of the first prompts'
+        """Find mean and standard deviation of the score: those that come with the reward, else of the first prompts'
         completions, which are sampled once more later.
         """
         if not self.settings.normalize_score:
             return
-        if self.settings.reward in self.job.inputs:
-            unit = self.job.inputs[self.settings.reward]["score_normalisation"]
-            self.unit = unit["mean"], unit["std"]
-            return
-        if isinstance(self.scorer, ServerScorer):
-            self.unit = self.scorer.unit
+        if self.own_unit is not None:
+            self.unit = self.own_unit
             return
         prompts = range(min(len(self.prompts), math.ceil(UNIT_COMPLETIONS / self.settings.completions_per_prompt)))
         raw = [score for _, scores in self._answered(prompts, penalised=False) for score in scores]

@@ -226,7 +226,7 @@ def new_reward_model(job: Job, name: str) -> tuple[PeftModel, OutputHead | None]
         classifier(causal),
         job.recipe.adapter,
         "SEQ_CLS",
-        init=job.input_folder(settings.init) / "adapter" if settings.init else None,
+        init=job.adapter(settings.init) if settings.init else None,
         seed=derived_seed(job.recipe.seed, name, "adapter"),
         base=base,
     )
@@ -508,7 +508,7 @@ def policy_samples(job: Job, groups: Sequence[Mapping[str, Any]]) -> list[list[i
     shared = SharedBase(load_base(recipe.base, job.text_format, job.accelerator), recipe.base)
     role = BASE
     if settings.init is not None:
-        shared.add(role := settings.init, job.input_folder(settings.init) / "adapter")
+        shared.add(role := "init", job.adapter(settings.init))
     pieces = Pieces(f"stages.{job.name}.microbatch", SAMPLED, "prompts", job.accelerator)
 
     def sampled(size: int) -> list[list[int]]:
@@ -537,7 +537,7 @@ def reference_rows(job: Job, limit: int | None) -> dict[str, Any]:
     """
     settings, recipe = job.settings, job.recipe
     assert isinstance(settings, RewardStage)
-    start = recipe.stages[settings.init] if settings.init else None
+    start = recipe.stages.get(settings.init or "")
     card = settings.normalize_on or (start.data if isinstance(start, SFTStage) else settings.data)
     examples = job.examples[card]
     rows = []

@@ -43,7 +43,7 @@ def run(job: Job) -> Outcome:
         causal,
         job.recipe.adapter,
         "CAUSAL_LM",
-        init=job.input_folder(settings.init) / "adapter" if settings.init else None,
+        init=job.adapter(settings.init) if settings.init else None,
         seed=derived_seed(job.recipe.seed, job.name, "adapter"),
         base=base,
     )

@@ -24,7 +24,8 @@ def test_ppo_is_scored_by_a_classifier_or_a_function(tmp_path, kind):
     out = tmp_path / "run"
     chain.run_chain(recipe, out, f"stages.ppo.reward={reward}")
     manifest = json.loads((out / "ppo" / "manifest.json").read_text())
-    assert manifest["inputs"].keys() == {"sft"}
+    assert manifest["inputs"].keys() - {"…/classifier"} == {"sft"}
+    assert ("…/classifier" in manifest["inputs"]) == (kind == "classifier")
     assert manifest["score_normalisation"]["std"] > 0
     first = json.loads((out / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["objective/score"]) < 1.5  # in standard deviations, before anything is learned

@@ -87,7 +87,7 @@ def test_the_reference_is_the_sft_adapter_and_stays(tmp_path, monkeypatch, quant
     """The reference has the float32 weights of the stage that the policy comes from, and nothing trains it."""
     job = make_job(tmp_path, "dpo", quantization=quantization)
     trainer = trainer_at_the_start(job, monkeypatch)
-    stored = read_adapter(job.input_folder("sft") / "adapter")
+    stored = read_adapter(job.adapter("sft"))
     reference = {name.replace(".ref", ""): p for name, p in trainer.model.named_parameters() if ".ref." in name}
     assert {name: p.dtype for name, p in reference.items()} == dict.fromkeys(stored, torch.float32)
     assert all(torch.equal(reference[name], stored[name]) for name in stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,8 @@ from rlhf_kit.scorers import (
     FunctionScorer,
     Written,
     call_function,
-    external_scorer,
     load_function,
+    scorer_of,
 )
 from tests import tiny
 
@@ -50,7 +51,7 @@ not_a_function = 3
 
 def opened(name):
     """Return the scorer of a classifier or function, which looks at nothing of the run but the device."""
-    return external_scorer(name, SimpleNamespace(device=CPU), NOTHING)
+    return scorer_of(name, Path(name), SimpleNamespace(device=CPU), NOTHING, role="reward")
 
 
 def written(prompts, texts) -> Written:
