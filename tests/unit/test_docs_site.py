@@ -27,7 +27,7 @@ sys.argv = ["mkdocs", "build", "--strict", "--site-dir", sys.argv[1]]
 runpy.run_module("mkdocs", run_name="__main__")
 """
 LOADS = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("object", "data")}
-GROUPS = "sft|reward|objective|ppo|value|rollout|time|throughput|memory"
+GROUPS = "sft|reward|objective|ppo|value|rollout|heldout|guard|time|throughput|memory"
 
 
 def settings_classes() -> list[type[Settings]]:
