@@ -27,13 +27,8 @@ def model_card(
 ) -> tuple[str, list[str]]:
     """Return the card of a run whose policy `stage` lies at the root of `repo`, and what to warn of.
 
-    <<<<<<< HEAD
-        evaluation: `eval.json`, if there is one. data: name, license and Hub repository of each data card. base_licence:
-        None where it is not known.
-    =======
-        data: name, license and Hub repository of each data card. starts: "stage.field" and what it names that no stage
-        made. base_licence: None where it is not known.
-    >>>>>>> h-merge
+    evaluation: `eval.json`, if there is one. data: name, license and Hub repository of each data card. starts:
+    "stage.field" and what it names that no stage made. base_licence: None where it is not known.
     """
     base = recipe.base
     hub_base = base.hub_id or (None if recipe.is_local_base else base.model)

@@ -166,13 +166,11 @@ def contents(run: FinishedRun, stage: str, repo: str, base_licence: str | None) 
     files |= {inside: _read(Path(path)) for path, inside in cards.items()}
     files[artifacts.RECIPE] = _recipe(run).encode()
     described = [_described(Path(path)) for path in cards]
-<<<<<<< HEAD
     summary, evaluation = _written(run, artifacts.SUMMARY) or {}, _written(run, artifacts.EVAL)
-    card, warnings = model_card(run.recipe, stage, manifests, summary, evaluation, repo, described, base_licence)
-=======
     starts = {f"{name}.{key}": where for name in manifests for key, where in run.starts(name).items()}
-    card, warnings = model_card(run.recipe, stage, manifests, _summary(run), repo, described, starts, base_licence)
->>>>>>> h-merge
+    card, warnings = model_card(
+        run.recipe, stage, manifests, summary, evaluation, repo, described, starts, base_licence
+    )
     files["README.md"] = card.encode()
     return files, warnings
 
