@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load as load_safetensors
 
 from tests.end_to_end import chain
 from tests.hub import TOKEN, Fault, Hub
@@ -69,6 +70,13 @@ def test_a_pushed_run_is_loaded_by_others(hub, workplace, tmp_path):
     assert "licence" not in result.stderr.replace("licence of me/base", ""), "every data card says its own"
     table = files["README.md"].decode().partition("| held-out prompts |")[2].splitlines()[1:5]
     assert [row[:2] for row in table] == ["|-", "| ", "| ", "| "], "a table has no empty lines"
+    adapter = json.loads(files["adapter_config.json"])  # what vLLM's loader of LoRA files asks of one
+    assert {"r", "lora_alpha", "target_modules"} <= adapter.keys() and adapter["bias"] == "none"
+    assert not adapter["modules_to_save"] and not adapter["use_dora"]
+    names = load_safetensors(files["adapter_model.safetensors"])
+    assert names and all(
+        re.fullmatch(r"base_model\.model\.model\.layers\..*\.lora_[AB]\.weight", name) for name in names
+    )
     measured = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
     summary = json.loads(files["summary.json"])
     assert measured["score"] == pytest.approx(summary["systems"]["ppo"]["score"], abs=1e-3)
