@@ -12,8 +12,8 @@ from tests.maths import oracle
 
 
 def test_estimates_by_hand():
-    """A token with p = 1/2, q = 1/4 has k1 = log 2, k3 = 1/2 - 1 + log 2; the other way round -log 2 and 1 - log 2. k2 is
-    (log 2)^2 / 2 both ways."""
+    """A token with p = 1/2, q = 1/4 has k1 = log 2, k3 = 1/2 - 1 + log 2; the other way round -log 2 and 1 - log 2. k2
+    is (log 2)^2 / 2 both ways."""
     p, q = torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.5]).log()
     torch.testing.assert_close(kl_k1(p, q), torch.tensor([math.log(2), -math.log(2)]))
     torch.testing.assert_close(kl_k3(p, q), torch.tensor([math.log(2) - 0.5, 1 - math.log(2)]))
