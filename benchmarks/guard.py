@@ -28,7 +28,7 @@ from measure import ROOT, arguments, print_table, write
 
 EVERY = 2
 WATCH = f"stages.ppo.watch={{every: {EVERY}, count: 128, gold: 'rlhf_kit.quickstart.world:gold'}}"
-GUARD = "stages.ppo.guard={action: stop}"
+GUARD = "stages.ppo.guard={action: stop, kl_budget: 8}"
 HACKED = ("stages.ppo.reward=benchmarks.hackable:wordy", "stages.ppo.kl_coef=0.0")
 MOST = 0.25
 """SFT standard deviations that gold may fall from its best."""

@@ -279,6 +279,15 @@ def evaluate(
     best_of: Annotated[int, typer.Option(min=1, help="Samples a prompt for best-of-n; 1 leaves it out.")] = 64,
     best_of_prompts: Annotated[int, typer.Option(min=2, help="Prompts for best-of-n.")] = 64,
     text: Annotated[Path | None, typer.Option(metavar="CARD", help="Texts to measure the perplexity on.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Of lm-evaluation-harness: names, or YAML files.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of a task.")] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Questions of a task at most.")] = None,
+    preferences: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CARD", help="Comparisons to measure the reward model on. Repeatable."),
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="A language model that says which answer is better.")
     ] = None,
@@ -294,7 +303,7 @@ def evaluate(
     """Compare the policies of a finished run on held-out prompts; figures go to eval.json and into report.html."""
     from rich.console import Console
 
-    from rlhf_kit import artifacts, judges, report
+    from rlhf_kit import artifacts, benchmark_tasks, judges, report
     from rlhf_kit.closing import print_comparison
     from rlhf_kit.comparison import Asked, Comparison
     from rlhf_kit.finished import FinishedRun
@@ -304,6 +313,8 @@ def evaluate(
         raise InputError("--judge and --human: one of them says who wins; give one.")
     if pairs_out is not None:
         artifacts.check_new_file(pairs_out)
+    if tasks is not None:
+        benchmark_tasks.check_installed()
     found = FinishedRun(run_dir, base)
     asked = Asked(
         systems=None if stages is None else tuple(stages.split(",")),
@@ -313,6 +324,10 @@ def evaluate(
         best_of=best_of,
         best_of_prompts=best_of_prompts,
         text=text,
+        preferences=tuple(preferences or ()),
+        tasks=() if tasks is None else tuple(tasks.split(",")),
+        fewshot=fewshot,
+        task_limit=task_limit,
         batch_size=batch_size,
         judge=judges.HumanJudge(human) if human else judges.LocalJudge(judge, found.shared.device) if judge else None,
         pairs_out=pairs_out,

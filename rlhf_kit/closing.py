@@ -69,9 +69,35 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
         yield table
         for name, place in measured["frontier"].items():
             yield Text(f"{name}: {frontier_line(place, best['samples'])}")
+    if measured["tasks"]:
+        yield Text()
+        table = _plain_table(["task", *measured["systems"]])
+        for task, by_system in measured["tasks"].items():
+            table.add_row(task, *(_accuracy(by_system.get(name, {})) for name in measured["systems"]))
+        yield table
+    for name, found in measured["reward_sets"].items():
+        low, high = (_percent(end) for end in found["accuracy_ci"])
+        yield Text(
+            f"\nreward model on {name}   {_percent(found['accuracy'])} of {found['pairs']} pairs, {low} to {high}"
+        )
+        for column, parts in found["slices"].items():
+            table = _plain_table([column, "accuracy", "95 % interval", "pairs"])
+            for part, rate in parts.items():
+                low, high = (_percent(end) for end in rate["accuracy_ci"])
+                table.add_row(part, _percent(rate["accuracy"]), f"{low} to {high}", str(rate["pairs"]))
+            yield table
     yield Text()
     yield Text(f"figures   {folder / artifacts.EVAL}")
     yield Text(f"report    {folder / artifacts.REPORT}")
+
+
+def _accuracy(metrics: Mapping[str, float]) -> str:
+    """A task's first metric, with its standard error."""
+    name = next(iter(metrics), None)
+    if name is None:
+        return "–"
+    error = metrics.get(f"{name}_stderr")
+    return f"{name} {metrics[name]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _plain_table(heads: Sequence[str]) -> Table:

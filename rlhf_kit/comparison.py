@@ -17,11 +17,19 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import torch
 
-from rlhf_kit import artifacts
+from rlhf_kit import artifacts, benchmark_tasks, health, sampling
 from rlhf_kit.check import evaluation_card, evaluation_lengths
-from rlhf_kit.collate import IGNORED, forward_passes, right_pad, tokenise_demonstrations
+from rlhf_kit.collate import (
+    IGNORED,
+    compared,
+    forward_passes,
+    right_pad,
+    tokenise_comparisons,
+    tokenise_demonstrations,
+)
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.evaluation import Examination, System, heldout_prompts
@@ -36,7 +44,6 @@ from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, DPOStage, KTOStage, OnlineStage, PPOStage, RewardStage, SFTStage
 from rlhf_kit.rollout import logits_held
-from rlhf_kit.sampling import fitting_ids, usual_settings
 
 SHOWN = 6
 """Prompts of which the answers are kept."""
@@ -63,6 +70,12 @@ class Asked:
     best_of_prompts: int = 64
     text: Path | None = None
     """A data card; None takes the ptx texts, or the demonstrations of the SFT stage."""
+    preferences: tuple[Path, ...] = ()
+    """Data cards of comparisons that the reward model is measured on."""
+    tasks: tuple[str, ...] = ()
+    """Of lm-evaluation-harness: names, or YAML files."""
+    fewshot: int | None = None
+    task_limit: int | None = None
     batch_size: int | None = None
     judge: Judge | None = None
     pairs_out: Path | None = None
@@ -91,12 +104,12 @@ class Comparison:
 
     def _hashes(self) -> dict[str, str]:
         """Return the hash of every finished stage's manifest."""
-        folders = {name: self.run.folder / name for name in self.run.recipe.stages}
-        return {
-            name: artifacts.manifest_hash(folder)
-            for name, folder in folders.items()
-            if artifacts.read_manifest(folder) is not None
-        }
+        return {name: artifacts.manifest_hash(self.run.folder / name) for name in self._manifests()}
+
+    def _manifests(self) -> dict[str, dict[str, Any]]:
+        """Return the manifest of every finished stage."""
+        found = {name: artifacts.read_manifest(self.run.folder / name) for name in self.run.recipe.stages}
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
 
     def _other(self, folder: Path) -> dict[str, str]:
         """Return the newest policy of another run as a role on this run's base.
@@ -123,12 +136,14 @@ class Comparison:
     def examination(self) -> Examination:
         """The held-out prompts and what answers are measured with."""
         run, recipe = self.run, self.run.recipe
-        limit, temperature = usual_settings(run)
+        limit, temperature = sampling.usual_settings(run)
         limit = recipe.evaluation.max_new_tokens or limit
         count = self.asked.count or recipe.evaluation.count
         if self.asked.prompts is not None:
             prompts = list(self.asked.prompts[:count])
-            ids = [fitting_ids(run, prompt, limit, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+            ids = [
+                sampling.fitting_ids(run, prompt, limit, f"prompt {number}") for number, prompt in enumerate(prompts, 1)
+            ]
         else:
             card = evaluation_card(recipe)
             if card is None:
@@ -196,6 +211,8 @@ class Comparison:
             "best_of_n": None,
             "frontier": {},
             "text": self._text(),
+            "tasks": self._tasks(),
+            "reward_sets": dict(map(self._reward_set, self.asked.preferences)),
             "cost": self._cost(),
             "examples": self._examples_shown(answers),
         }
@@ -306,6 +323,45 @@ class Comparison:
         ratio = None if not equal or equal <= 0 else divergence / equal
         return {"verdict": verdict, "value": reached, "kl": divergence, "equal_kl": equal, "kl_ratio": ratio}
 
+    def _reward_set(self, path: Path) -> tuple[str, dict[str, Any]]:
+        """Return a card's name and the reward model's health on its comparisons.
+
+        All rows count, but of a card that a stage was trained on the held-out ones alone.
+
+        Raises: InputError when it holds no comparisons, or nothing scores.
+        """
+        run, reward = self.run, self.examination.reward
+        examples = load_examples(load_card(path, run.recipe.data_root))
+        if examples.card.kind not in ("preferences", "rankings"):
+            raise InputError(f"{path}: is of kind {examples.card.kind}; --preferences takes preferences or rankings.")
+        if reward is None:
+            raise InputError(f"--preferences {path}: {run.folder} has no reward model to measure.")
+        data = [part for manifest in self._manifests().values() for part in manifest["data"].values()]
+        seen = {part.get("content_hash") for part in data}
+        rows = examples.heldout if examples.content_hash in seen else [*examples.heldout, *examples.train]
+        groups = tokenise_comparisons(rows, run.text_format, run.context, "drop")
+        kept = [rows[row] for row in groups.kept]
+        texts = [(row.prompt, text) for row in kept for text in compared(row).completions]
+        scored = sampling.scored(run, reward, texts, batch_size=self.examination.pieces.size)
+        scores = np.asarray([row["score"] for row in scored])
+        lengths = [len(ids) - group["prompt_tokens"] for group in groups.rows for ids in group["completions"]]
+        overlaps = [health.overlap(prompt, text) for prompt, text in texts]
+        answers = health.Answers(scores, scores * reward.std + reward.mean, np.asarray(lengths), np.asarray(overlaps))
+        return examples.card.name, health.report(health.pairs_of(groups.rows), answers, kept, {}, {})
+
+    def _tasks(self) -> dict[str, Any]:
+        """Return what every system reaches on the tasks, by task."""
+        if not self.asked.tasks:
+            return {}
+        return benchmark_tasks.accuracies(
+            self.run,
+            self.systems,
+            self.asked.tasks,
+            fewshot=self.asked.fewshot,
+            limit=self.asked.task_limit,
+            batch_size=self.examination.pieces.size,
+        )
+
     def _text(self) -> dict[str, Any] | None:
         """Return the perplexity of every system on held-out text, and its change from the reference's."""
         if self.asked.text is not None:
@@ -339,10 +395,8 @@ class Comparison:
         parameters = sum(base_parameters(self.run.shared))
         asked = fmean(map(len, self.examination.prompt_ids))
         costs = {}
-        for name, stage in self.run.recipe.stages.items():
-            manifest = artifacts.read_manifest(self.run.folder / name)
-            if manifest is None:
-                continue
+        for name, manifest in self._manifests().items():
+            stage = self.run.recipe.stages[name]
             tokens, each = manifest["cost"]["tokens"], operations_per_token(stage, manifest, asked)
             flops = parameters * tokens * each if tokens and each else None
             costs[name] = {**manifest["cost"], "flops": flops, "6PD": tokens and 6 * parameters * tokens}

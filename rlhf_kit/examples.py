@@ -71,8 +71,8 @@ class Preference:
     probability: float | None = None
     """That `chosen` is the better one, from several votes; None is 1, and 0.5 a tie."""
     special_tokens: SpecialTokens = "escape"
-    slices: Mapping[str, str] = field(default_factory=dict)
-    """Values of the columns that the card names as slices."""
+    slices: Mapping[str, str] | None = None
+    """Values of the columns that the card names as slices; None where it names none."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Ranking:
     margin_per_point: float = 0.0
     """Margin of a pair per point by which its ratings differ, as the card says."""
     special_tokens: SpecialTokens = "escape"
-    slices: Mapping[str, str] = field(default_factory=dict)
+    slices: Mapping[str, str] | None = None
     """As a preference's."""
 
 
@@ -671,7 +671,7 @@ class _Answer:
     """Its rank or its rating."""
     where: str
     annotator: str | None
-    slices: Mapping[str, str] = field(default_factory=dict)
+    slices: Mapping[str, str] | None = None
 
 
 def _ranking(read: _Cells) -> Ranking:

@@ -3,12 +3,15 @@
 It is shown what `watch` saw of the held-out prompts, one `Look` after another, and decides on numbers alone. Three
 things alarm it:
 
-    gold     the gold score has fallen from its best, beyond chance (without a gold scorer: the score itself)
+    gold     since gold was best, less than a `share` of what the score gained has arrived in gold, beyond chance;
+             without a gold scorer: the score has fallen from its best
     kl       the KL is above its budget, beyond chance
     length   completions have become `length_factor` times as long, or short, as at the start, beyond chance
 
 and an alarm that comes back in `patience` looks in a row has it act. "Beyond chance" is `sigmas` standard errors of a
-difference on the same prompts, answered with the same random numbers.
+difference on the same prompts, answered with the same random numbers. Where the policy gets better both rise; where it
+begins to over-optimise, the score rises and gold stands still; then gold falls. The share tells the second, in which
+nothing is lost yet, from chance sooner than the third could be.
 
 The best of several noisy looks is partly lucky, and what comes after it is likely to be worse by chance alone. So the
 fall is cross-fitted: prompts are taken in two halves, the best look of each half is chosen, and the fall from it is
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 from rlhf_kit.maths.statistics import mean_and_error
@@ -94,19 +97,17 @@ class Guard:
         """{"update", "alarm", "why"} of the first time that patience ran out."""
 
     def judge(self, look: Look) -> dict[str, float]:
-        """Take in a look; return figures about it: `change` of worth since the best look before, its `change_error`,
-        and the longest row of `alarms`.
-        """
+        """Take in a look; return metrics about it."""
         self.first = self.first or look
         change = self._change(look, lambda one: one.worth)
-        alarms = dict(self._alarms(look, change))
+        alarms = dict(self._alarms(look))
         self.in_a_row = {name: self.in_a_row.get(name, 0) + 1 for name in alarms}
         longest = max(self.in_a_row.values(), default=0)
         if longest >= self.settings.patience and self.acted is None:
             name = next(name for name, looks in self.in_a_row.items() if looks == longest)
             self.acted = {"update": look.update, "alarm": name, "why": alarms[name]}
         self._remember(look)
-        return {"change": change.mean, "change_error": change.error, "alarms": longest}
+        return {"guard/change": change.mean, "guard/change_error": change.error, "guard/alarms": longest}
 
     def is_best(self, look: Look) -> bool:
         """Return whether the look judged last is the one to go back to."""
@@ -136,12 +137,12 @@ class Guard:
 
     # ------------------------------------------------------------ the three alarms
 
-    def _alarms(self, look: Look, change: Change) -> Iterator[tuple[str, str]]:
+    def _alarms(self, look: Look) -> Iterator[tuple[str, str]]:
         """Yield the name of each alarm, and what it says."""
         settings, sigmas = self.settings, self.settings.sigmas
         assert self.first is not None
-        if change.is_below(0, sigmas):
-            yield "gold" if look.gold is not None else "score", self._fallen(look, change)
+        if self._change(look, self._surplus(look)).is_below(0, sigmas):
+            yield "score" if look.gold is None else "gold", self._fallen(look)
         if settings.kl_budget is not None and Change(*mean_and_error(look.kl)).is_above(settings.kl_budget, sigmas):
             yield "kl", f"KL is {Change(*mean_and_error(look.kl))} nats per completion, above {settings.kl_budget:g}"
         if (factor := settings.length_factor) is not None:
@@ -155,13 +156,22 @@ class Guard:
                     f"beyond {factor:g} times",
                 )
 
-    def _fallen(self, look: Look, change: Change) -> str:
-        score = self._change(look, lambda one: one.score)
+    def _surplus(self, look: Look) -> Callable[[Look], Sequence[float]]:
+        """Return what must not fall: gold, less the `share` of the score where that rose, in units of the start."""
+        assert self.first is not None
+        if look.gold is None or self._change(look, lambda one: one.score).mean <= 0:
+            return lambda one: one.worth
+        gold_unit, score_unit = (pstdev(values) or 1.0 for values in (self.first.worth, self.first.score))
+        weight = self.settings.share * gold_unit / score_unit
+        return lambda one: [gold - weight * score for gold, score in zip(one.worth, one.score, strict=True)]
+
+    def _fallen(self, look: Look) -> str:
+        worth, score = self._change(look, lambda one: one.worth), self._change(look, lambda one: one.score)
         if look.gold is None:
-            return f"the score is {change} from its best, so the policy gets worse at what it is trained on"
+            return f"the score is {worth} from its best, so the policy gets worse at what it is trained on"
         if score.is_above(0, self.settings.sigmas):
-            return f"gold is {change} from its best while the score went {score}: the policy over-optimises"
-        return f"gold is {change} from its best, and the score did not rise for it ({score})"
+            return f"gold is {worth} from its best while the score went {score}: the policy over-optimises"
+        return f"gold is {worth} from its best, and the score did not rise for it ({score})"
 
     def _change(self, look: Look, of: Callable[[Look], Sequence[float]]) -> Change:
         """Return the mean change since the best look before: since the best by the other prompts, for each half."""

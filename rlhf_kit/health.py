@@ -125,7 +125,7 @@ def report(
     return {
         **right,
         "by": dict(_by(pairs, answers, rows)),
-        "slices": dict(_by_value(pairs, answers, [row.slices for row in rows])),
+        "slices": dict(_by_value(pairs, answers, [row.slices or {} for row in rows])),
         "calibration": calibration(pairs, answers.logit),
         "rules": rules,
         "length": {

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from rlhf_kit import story
 from rlhf_kit.recipe import Recipe, SamplingStage
 from rlhf_kit.settings import HUB
 
@@ -18,6 +19,7 @@ def model_card(
     stage: str,
     manifests: Mapping[str, Mapping[str, Any]],
     summary: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
     repo: str,
     data: Sequence[Mapping[str, Any]],
     starts: Mapping[str, str],
@@ -25,8 +27,8 @@ def model_card(
 ) -> tuple[str, list[str]]:
     """Return the card of a run whose policy `stage` lies at the root of `repo`, and what to warn of.
 
-    data: name, license and Hub repository of each data card. starts: "stage.field" and what it names that no stage
-    made. base_licence: None where it is not known.
+    evaluation: `eval.json`, if there is one. data: name, license and Hub repository of each data card. starts:
+    "stage.field" and what it names that no stage made. base_licence: None where it is not known.
     """
     base = recipe.base
     hub_base = base.hub_id or (None if recipe.is_local_base else base.model)
@@ -81,7 +83,7 @@ def model_card(
         systems=systems,
         gold=any("gold" in figures for figures in systems.values()),
         wins=summary.get("win_rate", {}),
-        weaknesses=list(_weaknesses(stage, summary, warnings)),
+        weaknesses=list(_weaknesses(recipe, stage, manifests, summary, evaluation, warnings)),
         repo=repo,
         others=[f"{name}/adapter" for name in manifests if name != stage],
     )
@@ -137,24 +139,27 @@ def _results(stage: str, summary: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _weaknesses(stage: str, summary: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
+def _weaknesses(
+    recipe: Recipe,
+    stage: str,
+    manifests: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    warnings: Sequence[str],
+) -> list[str]:
     """Return what the figures give reason to worry about."""
     lines = []
     reward, systems = summary.get("reward", {}), summary.get("systems", {})
-    if reward and reward["accuracy_ci"][0] <= 0.5:
-        lines.append("The reward model is not shown to be better than chance: its interval reaches 50 %.")
-    elif reward:
+    if reward:
         wrong = 100 * (1 - reward["accuracy"])
         lines.append(f"The reward model judges {wrong:.0f} % of the held-out pairs otherwise than people did.")
-    wins = {pair: figures for pair, figures in summary.get("win_rate", {}).items() if pair.startswith(f"{stage}/")}
-    for pair, figures in wins.items():
-        before = pair.partition("/")[2]
-        if figures["ci"][0] <= 0.5:
-            lines.append(f"It is not shown to be better than {before}: the interval of its win rate reaches 50 %.")
-        if before in systems and stage in systems and systems[before]["length"]:
-            ratio = systems[stage]["length"] / systems[before]["length"]
-            if not 0.8 < ratio < 1.25:
-                lines.append(f"Its answers are {ratio:.2f} times as long as those of {before}.")
+    before = recipe.stages[stage].model_dump().get("policy")
+    if before in systems and stage in systems and systems[before]["length"]:
+        ratio = systems[stage]["length"] / systems[before]["length"]
+        if not 0.8 < ratio < 1.25:
+            lines.append(f"Its answers are {ratio:.2f} times as long as those of {before}.")
     if systems and not any("gold" in figures for figures in systems.values()):
         lines.append("No judge but the reward model it was trained on has looked at it.")
-    return [*lines, *(warning[0].upper() + warning[1:] + "." for warning in warnings)]
+    stages = [{"name": name, "manifest": manifest} for name, manifest in manifests.items()]
+    worries = story.worries(recipe.model_dump(), stages, summary or None, evaluation)
+    return [*lines, *(f"{worry[0].upper()}{worry[1:]}." for worry in [*worries, *warnings])]

@@ -17,7 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, constants
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, constants, set_client_factory
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -25,6 +26,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._http import default_client_factory
 
 from rlhf_kit import artifacts
 from rlhf_kit.data_cards import card_metadata
@@ -36,7 +38,9 @@ from rlhf_kit.recipe import cards_of, written_recipe
 from rlhf_kit.settings import HUB_ID, without_local_paths
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
-RUN_FILES = (artifacts.ENVIRONMENT, artifacts.SUMMARY, "eval.json", artifacts.REPORT)
+RUN_FILES = (artifacts.ENVIRONMENT, artifacts.SUMMARY, artifacts.EVAL, artifacts.REPORT)
+CONNECT_S, ANSWER_S = 30.0, 300.0
+"""How long the Hub may take to be reached, and to say something; of a large file, after the last of it was sent."""
 OF_A_NEW_REPOSITORY = {".gitattributes"}
 SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
@@ -81,6 +85,7 @@ def push(
     if not HUB_ID.fullmatch(repo):
         raise InputError(f"--repo {repo}: must be owner/name on the Hub.")
     stage = stage or run.newest_policy()
+    set_client_factory(_impatient_client)
     api = HfApi()
     base = run.recipe.base.hub_id or (None if run.recipe.is_local_base else run.recipe.base.model)
     files, warnings = contents(run, stage, repo, _licence(api, base))
@@ -96,17 +101,37 @@ def push(
             raise InputError(f"{repo}: is there already, and everybody can read it; say --public if that is meant.")
         if not create_pr:
             _refuse_others_work(api, run, info)
+        message = f"{run.recipe.name}: {stage} and what it was made with"
+        proposal = _open_proposal(api, repo, message) if create_pr else None
+        if proposal is not None:
+            info = api.model_info(repo, revision=proposal[0])
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         commit = api.create_commit(
             repo,
             operations,
-            commit_message=f"{run.recipe.name}: {stage} and what it was made with",
+            commit_message=message,
             parent_commit=info.sha,
-            revision=None if create_pr else revision,
-            create_pr=create_pr,
+            revision=proposal[0] if proposal else None if create_pr else revision,
+            create_pr=create_pr and proposal is None,
         )
-    where = commit.pr_url or f"{constants.ENDPOINT}/{repo}"
+    where = proposal[1] if proposal else commit.pr_url or f"{constants.ENDPOINT}/{repo}"
     return Pushed(where, commit.oid, commit.oid != info.sha, tuple(warnings))
+
+
+def _open_proposal(api: HfApi, repo: str, title: str) -> tuple[str, str] | None:
+    """Return revision and address of this user's open pull request of that title, which a second push goes on with."""
+    me = api.whoami()["name"]
+    for found in api.get_repo_discussions(repo, author=me, discussion_type="pull_request", discussion_status="open"):
+        if found.title == title and found.author == me:
+            return found.git_reference or f"refs/pr/{found.num}", found.url
+    return None
+
+
+def _impatient_client() -> httpx2.Client:
+    """Return the Hub's own client, which would wait for an answer for ever, with an end to that."""
+    client = default_client_factory()
+    client.timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S)
+    return client
 
 
 # ---------------------------------------------------------------- what is sent
@@ -141,8 +166,11 @@ def contents(run: FinishedRun, stage: str, repo: str, base_licence: str | None) 
     files |= {inside: _read(Path(path)) for path, inside in cards.items()}
     files[artifacts.RECIPE] = _recipe(run).encode()
     described = [_described(Path(path)) for path in cards]
+    summary, evaluation = _written(run, artifacts.SUMMARY) or {}, _written(run, artifacts.EVAL)
     starts = {f"{name}.{key}": where for name in manifests for key, where in run.starts(name).items()}
-    card, warnings = model_card(run.recipe, stage, manifests, _summary(run), repo, described, starts, base_licence)
+    card, warnings = model_card(
+        run.recipe, stage, manifests, summary, evaluation, repo, described, starts, base_licence
+    )
     files["README.md"] = card.encode()
     return files, warnings
 
@@ -225,9 +253,10 @@ def _recipe(run: FinishedRun) -> str:
     return write_yaml(without_local_paths(moved(data)))
 
 
-def _summary(run: FinishedRun) -> dict[str, Any]:
-    path = run.folder / artifacts.SUMMARY
-    return artifacts.read_json(path) if path.is_file() else {}
+def _written(run: FinishedRun, name: str) -> dict[str, Any] | None:
+    """Return a JSON file of the run directory, None where it is not there."""
+    path = run.folder / name
+    return artifacts.read_json(path) if path.is_file() else None
 
 
 def refuse_secrets(files: Mapping[str, bytes]) -> None:

@@ -272,7 +272,7 @@ class Watch(Settings):
     """Held-out prompts that the policy answers now and then while it is trained, with the same random numbers each
     time."""
 
-    every: Count = 2
+    every: Count = 5
     """Updates; before the first and after the last as well."""
     count: Annotated[int, Field(ge=8)] = 128
     """Held-out prompts of the stage's `prompts`, at most; from the end of the order in which the closing table takes
@@ -287,13 +287,16 @@ class Guard(Settings):
     action: Literal["stop", "rollback", "warn"] = "rollback"
     """stop: the stage ends with the policy as it is. rollback: it ends with the best policy that was watched. warn: it
     says so and goes on."""
-    patience: Count = 2
-    """Watches in a row that must show the same before anything is done."""
-    sigmas: Positive = 2.0
-    """Standard errors, of differences on the same prompts, beyond which a change is not chance."""
+    patience: Count = 1
+    """Looks in a row that must show the same before anything is done."""
+    sigmas: Positive = 3.0
+    """Standard errors, of differences on the same prompts, beyond which a change is no chance, over many looks."""
+    share: Fraction = 0.25
+    """Of what the score has gained since gold was best, so much must have arrived in gold, each in its standard
+    deviations at the start; 0 waits until gold falls."""
     kl_budget: Positive | None = None
     """Nats per completion on the held-out prompts; null: any."""
-    length_factor: Annotated[float, Field(gt=1)] | None = 2.0
+    length_factor: Annotated[float, Field(gt=1)] | None = 1.75
     """How many times longer, or shorter, than at the start the completions may become; null: any."""
 
 
@@ -853,7 +856,7 @@ def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Proble
             if stage.get("guard") is not None and stage.get("watch") is None:
                 yield (
                     ("stages", name, "guard"),
-                    "judges what watch sees, and there is no watch; write watch: {every: 2, gold: ...} beside it",
+                    "judges what watch sees, and there is no watch; write watch: {gold: ...} beside it",
                 )
             gold = _within(stage, "watch", "gold")
             if gold is not None and gold == stage.get("reward"):

@@ -102,7 +102,7 @@ class Watch:
             "heldout/distinct_1": diversity.distinct(tokens, 1),
             "heldout/distinct_2": diversity.distinct(tokens, 2),
             "heldout/reference_perplexity": math.exp(-math.fsum(column["reference"]) / math.fsum(look.length)),
-            **(self._judged(look, policy) if self.guard else {}),
+            **self._judged(look, policy),
         }
 
     def _answers(self, policy: str, reference: str) -> list[dict[str, Any]]:
@@ -163,9 +163,10 @@ class Watch:
     # ------------------------------------------------------------ the guard
 
     def _judged(self, look: Look, policy: str) -> dict[str, float]:
-        """Let the guard judge a look, keep the policy if it is the best so far, and say so if the guard acts."""
+        """Let the guard, if any, judge a look; keep the policy if it is the best so far, and say so if it acts."""
         guard = self.guard
-        assert guard is not None
+        if guard is None:
+            return {}
         before = guard.acted
         figures = guard.judge(look)
         if guard.is_best(look) and guard.settings.action == "rollback":
@@ -178,7 +179,7 @@ class Watch:
                 "rollback": f"the stage ends with the policy of update {guard.best['update']:.0f}, the best watched",
             }
             say(f"{self.name}: guard: update {look.update}: {guard.acted['why']}; {then[guard.settings.action]}")
-        return {f"guard/{name}": value for name, value in figures.items()}
+        return figures
 
     @property
     def over(self) -> bool:

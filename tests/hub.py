@@ -32,6 +32,8 @@ class Repository:
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    proposals: dict[int, str] = field(default_factory=dict)
+    """Titles of the open pull requests; number n is the branch refs/pr/n."""
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Put files on top of a branch; return the commit."""
@@ -247,10 +249,12 @@ def _verify(hub: Hub, match: Any, query: Any, body: bytes, known: bool) -> Answe
 def _commit(hub: Hub, match: Any, query: Any, body: bytes, known: bool) -> Answer:
     repository, branch = hub.repositories[match[1]], match[2]
     files: dict[str, bytes] = {}
+    title = ""
     for line in map(json.loads, body.splitlines()):
         value = line["value"]
         if line["key"] == "header" and value.get("parentCommit") not in (None, repository.branches[branch]):
             return 412, {"error": "A commit has happened since. Please refresh and try again."}, {}
+        title = value["summary"] if line["key"] == "header" else title
         if line["key"] == "file":
             files[value["path"]] = base64.b64decode(value["content"])
         elif line["key"] == "lfsFile":
@@ -259,11 +263,22 @@ def _commit(hub: Hub, match: Any, query: Any, body: bytes, known: bool) -> Answe
     if proposed:
         branch = f"refs/pr/{len(repository.branches)}"
         repository.branches[branch] = repository.branches["main"]
+        repository.proposals[int(branch.rpartition("/")[2])] = title
     oid = repository.commit(files, branch)
     answer = {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{match[1]}/commit/{oid}"}
     if proposed:
         answer["pullRequestUrl"] = f"{hub.url}/{match[1]}/discussions/{branch.rpartition('/')[2]}"
     return 200, answer, {}
+
+
+def _discussions(hub: Hub, match: Any, query: Any, body: bytes, known: bool) -> Answer:
+    repository = hub.repositories.get(match[1])
+    if repository is None:
+        return NOT_FOUND
+    same = {"author": {"name": "me"}, "createdAt": "2026-01-01T00:00:00.000Z", "status": "open", "isPullRequest": True}
+    where = {"repo": {"name": match[1], "type": "model"}}
+    found = [{"num": number, "title": title, **same, **where} for number, title in repository.proposals.items()]
+    return 200, {"count": len(found), "start": 0, "discussions": found}, {}
 
 
 def _resolve(hub: Hub, match: Any, query: Any, body: bytes, known: bool) -> Answer:
@@ -283,6 +298,7 @@ ROUTES: list[tuple[str, Callable[..., Answer]]] = [
     ("POST /api/validate-yaml", lambda *_: (200, {"errors": [], "warnings": []}, {})),
     ("GET /api/whoami-v2", lambda *_: (200, {"name": "me", "type": "user"}, {})),
     (rf"POST /api/models/{NAME}/branch/(.+)", _branch),
+    (rf"GET /api/models/{NAME}/discussions", _discussions),
     (rf"POST /api/models/{NAME}/preupload/(.+)", _preupload),
     (rf"POST /api/models/{NAME}/commit/(.+)", _commit),
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", _batch),

@@ -147,6 +147,80 @@ def test_another_run_joins(finished, tmp_path):
     assert found["win_rate"][f"ppo/{name}"]["rate"] == 0.5 and found["win_rate"][f"ppo/{name}"]["ties"] == 1
 
 
+def test_the_reward_model_on_other_pairs(finished, tmp_path):
+    """As `rlhf-kit score` has it, by subset; of the pairs that it was trained on the held-out ones alone."""
+    rows = [{**row, "subset": "even" if n % 2 == 0 else "odd"} for n, row in enumerate(tiny.preferences())]
+    other = tiny.write_card(
+        tmp_path, "bench", "preferences", [{**row, "chosen": row["chosen"] + " x"} for row in rows], slices=["subset"]
+    )
+    trained = finished.parent / "pairs.md"
+    arguments = ("--preferences", str(other), "--preferences", str(trained))
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--stages", "sft,ppo", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((finished / "eval.json").read_text())["reward_sets"]
+    assert found["bench"]["pairs"] == len(rows)
+    assert sum(part["pairs"] for part in found["bench"]["slices"]["subset"].values()) == len(rows)
+    health = json.loads((finished / "reward" / "manifest.json").read_text())["health"]
+    assert found["pairs"]["pairs"] == health["pairs"] and found["pairs"]["accuracy"] == health["accuracy"]
+    assert found["pairs"]["calibration"]["error"] == pytest.approx(health["calibration"]["error"], abs=1e-5)
+    answers = tmp_path / "answers.jsonl"
+    sides = [
+        {"prompt": row["prompt"], "completion": row[side] + " x" * (side == "chosen")}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in sides))
+    scored = chain.run("score", str(finished), str(answers))
+    scores = [json.loads(line)["score"] for line in scored.stdout.splitlines()]
+    right = sum(
+        (better > worse) + (better == worse) / 2 for better, worse in zip(scores[::2], scores[1::2], strict=True)
+    )
+    assert found["bench"]["accuracy"] == pytest.approx(right / len(rows))
+
+
+TASK = """
+task: where_things_are
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{[good, bad]}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_tasks_of_the_harness(finished, tmp_path):
+    """On one base: the accuracies are those of the log-probabilities that the loaded models give."""
+    rows = [
+        {"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in tiny.preferences()[:12]
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "where.yaml"
+    task.write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    arguments = ("--best-of", "1", "--stages", "base,ppo", "--tasks", str(task))
+    ended = chain.run("eval", str(finished), *arguments)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads((finished / "eval.json").read_text())["tasks"]["where_things_are"]
+    assert "where_things_are" in ended.stdout
+    model, tokenizer = load(finished, "ppo")
+
+    def logprob(question, answer):
+        asked = len(tokenizer(question)["input_ids"])
+        ids = torch.tensor([tokenizer(question + answer)["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+        return float(logprobs[range(asked - 1, ids.shape[1] - 1), ids[0, asked:]].sum())
+
+    right = [logprob(row["question"], row["good"]) > logprob(row["question"], row["bad"]) for row in rows]
+    assert found["ppo"]["acc"] == pytest.approx(sum(right) / len(right))
+    assert found.keys() == {"base", "ppo"}
+    ended = chain.run("eval", str(finished), "--best-of", "1", "--tasks", "where_things_aer")
+    assert ended.returncode == 2 and "lm-eval has no such task" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load as load_safetensors
 
 from tests.end_to_end import chain
 from tests.hub import TOKEN, Fault, Hub
@@ -69,6 +70,13 @@ def test_a_pushed_run_is_loaded_by_others(hub, workplace, tmp_path):
     assert "licence" not in result.stderr.replace("licence of me/base", ""), "every data card says its own"
     table = files["README.md"].decode().partition("| held-out prompts |")[2].splitlines()[1:5]
     assert [row[:2] for row in table] == ["|-", "| ", "| ", "| "], "a table has no empty lines"
+    adapter = json.loads(files["adapter_config.json"])  # what vLLM's loader of LoRA files asks of one
+    assert {"r", "lora_alpha", "target_modules"} <= adapter.keys() and adapter["bias"] == "none"
+    assert not adapter["modules_to_save"] and not adapter["use_dora"]
+    names = load_safetensors(files["adapter_model.safetensors"])
+    assert names and all(
+        re.fullmatch(r"base_model\.model\.model\.layers\..*\.lora_[AB]\.weight", name) for name in names
+    )
     measured = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
     summary = json.loads(files["summary.json"])
     assert measured["score"] == pytest.approx(summary["systems"]["ppo"]["score"], abs=1e-3)
@@ -161,6 +169,37 @@ def test_a_commit_of_others_in_between_is_not_overwritten(hub, workplace):
     assert {"theirs.txt", "sft/adapter/adapter_config.json"} <= set(hub.files(REPO))
 
 
+SCORED = """
+import json, sys, torch
+from huggingface_hub import hf_hub_download
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+repo = sys.argv[1]
+manifest = json.load(open(hf_hub_download(repo, "reward/manifest.json")))
+base = AutoModelForSequenceClassification.from_pretrained("me/base", num_labels=1)
+model = PeftModel.from_pretrained(base, repo, subfolder="reward/adapter").eval()
+with torch.no_grad():
+    found = [float(model(input_ids=torch.tensor([row["ids"]])).logits) for row in manifest["probe"]]
+print(json.dumps([found, [row["score"] for row in manifest["probe"]]]))
+"""
+
+
+def test_a_pushed_reward_model_scores_as_it_was_trained(hub, workplace, tmp_path):
+    """With peft alone, in a process with an empty cache: bit for bit the scores of the manifest's probe."""
+    push(hub, workplace)
+    ended = subprocess.run(
+        [sys.executable, "-c", SCORED, REPO],
+        capture_output=True,
+        text=True,
+        env={**chain.environment(), **hub.environment(tmp_path, TOKEN)},
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found, probe = json.loads(ended.stdout)
+    assert found == probe and len(set(found)) > 1
+
+
 def test_others_repositories_are_left_alone(hub, workplace):
     """Other content is not mixed with ours, unless it is proposed; nor is a run put before everybody unasked."""
     assert "must be owner/name" in push(hub, workplace, "--repo", "nonsense", code=2).stderr
@@ -176,6 +215,35 @@ def test_others_repositories_are_left_alone(hub, workplace):
     result = push(hub, workplace, "--create-pr")
     assert "/discussions/" in result.stdout
     assert set(hub.files(REPO)) == {"pytorch_model.bin"}
+
+
+def test_a_second_proposal_goes_on_with_the_first(hub, workplace):
+    """The same run makes no second pull request and no second commit; one that was written on makes a commit there."""
+    hub.add(REPO, {"pytorch_model.bin": b"x"}, private=True)
+    first = push(hub, workplace, "--create-pr").stdout
+    again = push(hub, workplace, "--create-pr").stdout
+    assert again.split()[0] == first.split()[0] and "has it already" in again
+    assert len(hub.repositories[REPO].proposals) == 1
+    (number,) = hub.repositories[REPO].proposals
+    hub.repositories[REPO].commit({"README.md": b"edited there"}, f"refs/pr/{number}")
+    assert " at commit " in push(hub, workplace, "--create-pr").stdout
+    assert hub.files(REPO, f"refs/pr/{number}")["README.md"] != b"edited there"
+    assert len(hub.repositories[REPO].proposals) == 1 and set(hub.files(REPO)) == {"pytorch_model.bin"}
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(hub, workplace):
+    """After a while, which is short here, that is said like any other trouble of the network."""
+    hub.faults.append(Fault("POST /api/repos/create", wait_s=20, times=9))
+    code = "from rlhf_kit import publish; publish.ANSWER_S = 1.0; from rlhf_kit.__main__ import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "push", str(workplace / "run"), "--repo", REPO],
+        capture_output=True,
+        text=True,
+        cwd=chain.ROOT,
+        env={**chain.environment(), **hub.environment(workplace / "cache", TOKEN)},
+        timeout=300,
+    )
+    assert ended.returncode == 1 and "cannot be reached" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_nobody_logged_in_no_network_and_offline(hub, workplace):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -156,8 +155,8 @@ def test_the_loss_of_kto_is_trls(tmp_path, monkeypatch):
     moved(trainer)
     rows = trainer.training.rows[:6]
     parameters = list(trainer.training.parameters.values())
-    # The KL of the moved policy is below 0 and would be cut to it; completions of the other sign make it count.
-    trainer.kl = (trainer._mismatched_log_ratios(rows, 10_000) / 6).clamp(min=0).float()
+    trainer.kl = (trainer._mismatched_log_ratios(rows, 10_000) / 6).float()
+    assert trainer.kl > 1  # so that it counts
     (microbatch,) = trainer.microbatches(rows, 10_000)
     ours = trainer.part(microbatch, torch.tensor(trainer.tokens(rows)))
     gradients = torch.autograd.grad(ours, parameters)
@@ -198,11 +197,3 @@ def test_mismatched_completions_belong_to_the_prompt_behind():
         {"completions": [[2, 2, 21], [2, 2, 22]], "prompt_tokens": 2, "best": 0},
     ]
     assert [group["mismatched"] for group in dpo.with_mismatched(groups, 3)] == [[1, 21], [2, 2, 12]]
-
-
-def test_every_metric_has_its_row_in_the_reference(tmp_path):
-    """What the stage logs is what docs/reference/metrics.md tells of."""
-    job = make_job(tmp_path, "dpo", epochs=0.5)
-    dpo.run(job)
-    names = {name for line in (job.folder / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
-    assert {"dpo/loss", "dpo/accuracy", "dpo/margin", "dpo/heldout_loss", "dpo/heldout_accuracy"} <= names

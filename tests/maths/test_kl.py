@@ -7,15 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kit.maths.kl import AdaptiveKL, FixedKL, kl_k1, kl_k3
+from rlhf_kit.maths.kl import AdaptiveKL, FixedKL, kl_k1, kl_k2, kl_k3
 from tests.maths import oracle
 
 
 def test_estimates_by_hand():
-    """A token with p = 1/2, q = 1/4 has k1 = log 2, k3 = 1/2 - 1 + log 2; the other way round -log 2 and 1 - log 2."""
+    """A token with p = 1/2, q = 1/4 has k1 = log 2, k3 = 1/2 - 1 + log 2; the other way round -log 2 and 1 - log 2.
+    k2 is (log 2)^2 / 2 both ways.
+    """
     p, q = torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.5]).log()
     torch.testing.assert_close(kl_k1(p, q), torch.tensor([math.log(2), -math.log(2)]))
     torch.testing.assert_close(kl_k3(p, q), torch.tensor([math.log(2) - 0.5, 1 - math.log(2)]))
+    torch.testing.assert_close(kl_k2(p, q), torch.tensor([math.log(2) ** 2 / 2] * 2))
 
 
 @given(st.lists(st.tuples(st.floats(-4, 4), st.floats(-4, 4)), min_size=2, max_size=6))
@@ -37,8 +40,9 @@ def test_k3_is_never_negative(policy, reference):
 
 
 def test_policy_equal_to_reference_has_no_kl():
-    """Exactly 0 by both estimates, not nearly."""
+    """Exactly 0 by every estimate, not nearly."""
     logprobs = torch.randn(100)
+    assert (kl_k2(logprobs, logprobs) == 0).all()
     assert (kl_k1(logprobs, logprobs) == 0).all()
     assert (kl_k3(logprobs, logprobs) == 0).all()
 

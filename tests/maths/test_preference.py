@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rlhf_kit.maths.preference import (
     bradley_terry_loss,
     centering_penalty,
+    kto_loss,
     language_modelling_loss,
     pair_weights,
     smoothed,
@@ -122,3 +123,11 @@ def test_language_modelling_by_hand():
     assert float(language_modelling_loss(logprobs, 2)) == pytest.approx(2 * math.log(2))
     parts = [language_modelling_loss(part, torch.tensor(2)) for part in logprobs.split(1)]
     assert float(sum(parts)) == pytest.approx(2 * math.log(2))
+
+
+def test_kto_by_hand():
+    """At the KL both kinds cost 1/2; log 3 / beta above it a desirable one costs 1/4 and an undesirable one 3/4."""
+    log_ratio = torch.tensor([2.0, 2.0, 2.0 + math.log(3) / 0.5, 2.0 + math.log(3) / 0.5])
+    desirable = torch.tensor([True, False, True, False])
+    losses = kto_loss(log_ratio, desirable, torch.tensor(2.0), 0.5)
+    torch.testing.assert_close(losses, torch.tensor([0.5, 0.5, 0.25, 0.75]))

@@ -237,6 +237,23 @@ class TestModelFolder:
         assert message.startswith("recipe.yaml:3: base.model: ") and said in message
 
 
+def test_what_watch_and_ptx_need(workplace):
+    """Held-out prompts, a card of texts, a module that is there and a whole model are asked for before anything runs;
+    a gold stage comes before its ppo stage, and is one that it depends on."""
+    (said,) = problems("stages.ppo.watch={}")
+    assert "prompts out, and 8 are the least that say something" in said
+    (said,) = problems("stages.ppo.ptx={data: pairs.md}")
+    assert "stages.ppo.ptx.data: needs a card of text or demonstrations; pairs.md has preferences" in said
+    found = problems("stages.ppo.watch={gold: 'nowhere_at_all:f'}")
+    assert any("stages.ppo.watch.gold: there is no module nowhere_at_all" in one for one in found)
+    (workplace / "half").mkdir()
+    assert any("stages.ppo.watch.gold: half" in one for one in problems("stages.ppo.watch={gold: half}"))
+    text = Path("recipe.yaml").read_text().replace("  ppo:", "  judge:\n    kind: reward\n    data: pairs.md\n  ppo:")
+    Path("recipe.yaml").write_text(text)
+    recipe = load_recipe("recipe.yaml", ["stages.ppo.watch={gold: judge}"])
+    assert recipe.depends_on("ppo") == ["sft", "reward", "judge"]
+
+
 def test_a_reward_model_in_a_folder(workplace):
     """It is looked at like the base."""
     write_model(workplace / "judge")

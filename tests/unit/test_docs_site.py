@@ -33,7 +33,9 @@ KINDS = {
     "dpo.py": ("dpo", "kto"),
 }
 """The kinds of stage that log names with their kind in front, by where these names stand."""
-GROUPS = "|".join(["objective", "value", "rollout", "time", "throughput", "memory", *sum(KINDS.values(), ())])
+GROUPS = "|".join(
+    ["objective", "value", "rollout", "heldout", "guard", "time", "throughput", "memory", *sum(KINDS.values(), ())]
+)
 
 
 def settings_classes() -> list[type[Settings]]:

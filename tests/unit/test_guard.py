@@ -56,13 +56,13 @@ def test_a_fall_of_gold_from_its_best_is_seen_in_every_of_forty_series():
 
 def test_chance_alone_seldom_has_it_act():
     """Sixteen looks at a policy that no longer changes: the best of them was lucky, and cross-fitting does not take
-    that for a fall. Of 200 such series at most 5 % are stopped."""
+    that for a fall. At worst, each look drawn anew, fewer than one series in ten is stopped."""
     acted = 0
-    for seed in range(200):
+    for seed in range(100):
         rng = random.Random(seed)
         series = [look(n, rng, count=64) for n in range(16)]
         acted += judged(Settings(), series).acted is not None
-    assert acted <= 10
+    assert acted < 10
 
 
 def test_without_cross_fitting_chance_would_be_taken_for_a_fall():
@@ -74,7 +74,7 @@ def test_without_cross_fitting_chance_would_be_taken_for_a_fall():
         series = [look(n, rng, count=64) for n in range(16)]
         best = max(series[:-1], key=lambda one: fmean(one.worth))
         plain.append(fmean(series[-1].worth) - fmean(best.worth))
-        fitted.append(judged(Settings(), series[:-1]).judge(series[-1])["change"])
+        fitted.append(judged(Settings(), series[:-1]).judge(series[-1])["guard/change"])
     assert fmean(plain) < -0.15
     assert abs(fmean(fitted)) < 0.05
 
@@ -84,6 +84,19 @@ def test_a_rising_gold_is_left_alone():
     for slope in (0.0, 0.02, 0.2):
         series = [look(n, random.Random(n), score=n * slope, gold=n * slope) for n in range(12)]
         assert judged(Settings(), series).acted is None
+
+
+def test_a_score_that_gold_does_not_follow_is_enough():
+    """Gold stands still at its best while the score climbs: nothing is lost yet, and the guard acts; with no share
+    asked for it waits, and a score that brings gold along is left alone."""
+    golds, scores = [0.0, 1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 3.0, 5.0, 7.0]
+    for seed in range(10):
+        rng = random.Random(seed)
+        series = [look(n, rng, score=s, gold=g) for n, (s, g) in enumerate(zip(scores, golds, strict=True))]
+        assert judged(Settings(), series).acted["update"] >= 2, seed
+        assert judged(Settings(share=0), series).acted is None, seed
+        rng = random.Random(seed)
+        assert judged(Settings(), [look(n, rng, score=s, gold=0.5 * s) for n, s in enumerate(scores)]).acted is None
 
 
 @pytest.mark.parametrize("patience", [1, 3])
@@ -105,12 +118,12 @@ def test_patience_counts_looks_in_a_row(patience):
         ({}, {"kl": 900.0}, None),
         ({}, {"length": 45.0}, "length"),
         ({}, {"length": 8.0}, "length"),
-        ({}, {"length": 38.0}, None),
+        ({}, {"length": 34.0}, None),
         ({"length_factor": None}, {"length": 900.0}, None),
     ],
 )
 def test_budget_and_length(settings, seen, alarm):
-    """The KL alarms above its budget, and completions that are more than twice, or less than half, as long."""
+    """The KL alarms above its budget, and completions that are more than 1.75 times as long, or short."""
     rng = random.Random(1)
     guard = judged(Settings(**settings), [look(0, rng), *(look(n, rng, score=n, gold=n, **seen) for n in range(1, 4))])
     assert (guard.acted and guard.acted["alarm"]) == alarm
@@ -165,9 +178,9 @@ def test_the_change_is_that_of_the_same_prompts():
     guard = Guard(Settings())
     guard.judge(Look(0, level, [0.0] * 8, [5.0] * 8, level))
     figures = guard.judge(Look(1, level, [0.0] * 8, [5.0] * 8, [one - 0.1 for one in level]))
-    assert figures["change"] == pytest.approx(-0.1)
-    assert figures["change_error"] == pytest.approx(0, abs=1e-9)
-    assert figures["alarms"] == 1
+    assert figures["guard/change"] == pytest.approx(-0.1)
+    assert figures["guard/change_error"] == pytest.approx(0, abs=1e-9)
+    assert figures["guard/alarms"] == 1
 
 
 def test_mean_and_error():
