@@ -14,6 +14,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rlhf_kit.finished import FinishedRun
+from rlhf_kit.publish import contents
+from tests import tiny
 from tests.end_to_end import chain
 from tests.hub import TOKEN, Hub
 from tests.others import add_value_head, make_adapter
@@ -48,7 +51,7 @@ def call(hub, folder: Path, *arguments: str, code: int = 0, token: str | None = 
 
 
 def change(recipe: Path, to: Path, **stages: dict[str, Any] | None) -> Path:
-    """Write a recipe with other settings of its stages; None leaves a stage out."""
+    """Write a recipe with other settings of its stages, and with further ones; None leaves a stage out."""
     content = yaml.safe_load(recipe.read_text())
     content.pop("publish", None)
     content["name"] = to.stem
@@ -56,7 +59,7 @@ def change(recipe: Path, to: Path, **stages: dict[str, Any] | None) -> Path:
         if settings is None:
             del content["stages"][name]
         else:
-            content["stages"][name] |= settings
+            content["stages"].setdefault(name, {}).update(settings)
     to.write_text(yaml.safe_dump(content, sort_keys=False))
     return to
 
@@ -136,6 +139,57 @@ def test_every_stage_starts_from_an_adapter_and_trls_value_head_scores(workplace
     assert manifest(out, "ppo")["score_normalisation"]["std"] != 1
     first = json.loads((out / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["objective/score"]) < 1.5  # in standard deviations of the reference
+
+
+def test_whatever_tunes_a_policy_starts_from_others_and_is_compared_with_it(workplace, tmp_path):
+    """dpo, rejection_sampling and rloo, scored by a published reward model and watched by trl's, each in its own unit;
+    the closing table and eval call the start alike, and a push names all of it."""
+    folder, hub = workplace
+    judge = make_adapter(tmp_path / "judge", folder / "model", seed=4, r=3, target_modules=["o_proj"])
+    add_value_head(judge)
+    stages = yaml.safe_load((folder / "chain.yaml").read_text())["stages"]
+    start, scored = {"policy": str(folder / "theirs")}, {"reward": "hub://me/tuned/reward"}
+    short = {"max_steps": 1, "batch_size": 8, "microbatch": 4}
+    prompts = tiny.write_card(tmp_path, "more", "prompts", [{"prompt": q} for q in tiny.QUESTIONS], heldout=0.5)
+    asked = {"prompts": str(prompts), "max_new_tokens": 8}
+    dpo = {"kind": "dpo", **start, "data": stages["reward"]["data"], "kl_coef": 0.1, **short}
+    best = {"kind": "rejection_sampling", **start, **scored, **asked, "completions_per_prompt": 2, **short}
+    rloo = {"kind": "rloo", **start, **scored, **asked, "kl_coef": 0.05, "updates": 1, "batch_size": 8}
+    rloo["watch"] = {"every": 1, "count": 8, "gold": str(judge)}
+    gone: dict[str, None] = {"sft": None, "reward": None, "ppo": None}
+    recipe = change(folder / "chain.yaml", folder / "others.yaml", **gone, dpo=dpo, best=best, rloo=rloo)
+    out = tmp_path / "run"
+    call(hub, folder, "run", str(recipe), "--out", str(out))
+    unit = manifest(folder / "run", "reward")["score_normalisation"]
+    for name in ("dpo", "best", "rloo"):
+        made = manifest(out, name)
+        assert made["inputs"].keys() >= {"…/theirs"} and "stages.sft" not in json.dumps(made["made_from"])
+        config = json.loads((out / name / "adapter" / "adapter_config.json").read_text())
+        assert (config["r"], config["target_modules"]) == (6, ["q_proj", "v_proj"])
+        if name != "dpo":
+            assert made["score_normalisation"] == {key: unit[key] for key in ("mean", "std")}
+    assert (
+        manifest(out, "rloo")["made_from"]["stages.rloo.watch.gold"]
+        == manifest(out, "rloo")["inputs"]["…/judge"]["sha256"]
+    )
+    assert "heldout/gold" in json.loads((out / "rloo" / "metrics.jsonl").read_text().splitlines()[0])
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["systems"]) == ["base", "start of dpo", "dpo", "best", "rloo"]
+    assert list(summary["win_rate"]) == [f"{name}/start of dpo" for name in ("dpo", "best", "rloo")]
+
+    printed = call(hub, folder, "eval", str(out), "--best-of", "2", "--best-of-prompts", "2").stdout
+    measured = json.loads((out / "eval.json").read_text())
+    assert measured["reference"] == "start of dpo" and list(measured["systems"]) == list(summary["systems"])
+    for name, figures in summary["systems"].items():
+        assert measured["systems"][name]["score"] == pytest.approx(figures["score"], abs=1e-5)
+        assert measured["systems"][name]["kl"] == pytest.approx(figures["kl"], abs=1e-5)
+    assert measured["win_rate"].keys() == {"start of dpo/base", *summary["win_rate"]}
+    assert "rloo wins over start of dpo" in printed
+    files, _ = contents(FinishedRun(out), "rloo", "me/others", None)
+    published = yaml.safe_load(files["recipe.resolved.yaml"])["stages"]["rloo"]
+    commit = hub.repositories["me/tuned"].branches["main"]
+    assert published["reward"] == f"hub://me/tuned/reward@{commit}" and published["watch"]["gold"] == "judge"
+    assert "`rloo.watch.gold` is `judge`" in files["README.md"].decode()
 
 
 def test_a_published_run_is_run_again(workplace, tmp_path):
