@@ -138,7 +138,7 @@ FAULTS = [
         ("yaml:8: stages.sft.init: stage sft2 comes later",),
     ),
     Fault(
-        "stage of the wrong kind", recipe("policy: sft", "policy: reward"), ("yaml:14", "of kind sft or ppo", "reward")
+        "stage of the wrong kind", recipe("policy: sft", "policy: reward"), ("yaml:14", "of kind sft, ppo, rloo", "reward")
     ),
     Fault(
         "duplicate stage",
