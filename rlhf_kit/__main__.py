@@ -312,7 +312,7 @@ def evaluate(
     if judge is not None and human is not None:
         raise InputError("--judge and --human: one of them says who wins; give one.")
     if pairs_out is not None:
-        artifacts.check_new_file(pairs_out)
+        artifacts.check_new_file(pairs_out, "--pairs")
     if tasks is not None:
         benchmark_tasks.check_installed()
     found = FinishedRun(run_dir, base)

@@ -107,15 +107,15 @@ def json_line(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def check_new_file(path: Path) -> None:
+def check_new_file(path: Path, option: str = "--out") -> None:
     """Look whether a file can be made: it is not there, and its folder is.
 
     Raises: InputError otherwise.
     """
     if path.exists() or path.is_symlink():
-        raise InputError(f"--out {path}: is there already; name another file.")
+        raise InputError(f"{option} {path}: is there already; name another file.")
     if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}.")
+        raise InputError(f"{option} {path}: there is no folder {path.parent}.")
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:

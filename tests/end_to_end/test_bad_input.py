@@ -137,9 +137,7 @@ FAULTS = [
         recipe("    data: shown.md\n", "    data: shown.md\n    init: sft2\n" + TWO_SFT),
         ("yaml:8: stages.sft.init: stage sft2 comes later",),
     ),
-    Fault(
-        "stage of the wrong kind", recipe("policy: sft", "policy: reward"), ("yaml:14", "of kind sft, ppo, rloo", "reward")
-    ),
+    Fault("stage of the wrong kind", recipe("policy: sft", "policy: reward"), ("yaml:14", "of kind sft, ppo, rloo")),
     Fault(
         "duplicate stage",
         recipe("  reward:\n", "  sft:\n    kind: sft\n    data: shown.md\n  reward:\n"),
