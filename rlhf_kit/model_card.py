@@ -153,7 +153,7 @@ def _weaknesses(
     if reward:
         wrong = 100 * (1 - reward["accuracy"])
         lines.append(f"The reward model judges {wrong:.0f} % of the held-out pairs otherwise than people did.")
-    before = recipe.stages[stage].model_dump().get("policy")
+    before = recipe.start_of(stage) if stage in recipe.tuned() else None
     if before in systems and stage in systems and systems[before]["length"]:
         ratio = systems[stage]["length"] / systems[before]["length"]
         if not 0.8 < ratio < 1.25:
