@@ -141,14 +141,15 @@ def test_every_stage_starts_from_an_adapter_and_trls_value_head_scores(workplace
     assert abs(first["objective/score"]) < 1.5  # in standard deviations of the reference
 
 
-def test_whatever_tunes_a_policy_starts_from_others_and_is_compared_with_it(workplace, tmp_path):
+def test_whatever_tunes_a_policy_starts_from_others_and_is_compared_with_it(workplace, tmp_path, monkeypatch):
     """dpo, rejection_sampling and rloo, scored by a published reward model and watched by trl's, each in its own unit;
     the closing table and eval call the start alike, and a push names all of it."""
     folder, hub = workplace
     judge = make_adapter(tmp_path / "judge", folder / "model", seed=4, r=3, target_modules=["o_proj"])
     add_value_head(judge)
     stages = yaml.safe_load((folder / "chain.yaml").read_text())["stages"]
-    start, scored = {"policy": str(folder / "theirs")}, {"reward": "hub://me/tuned/reward"}
+    theirs = shutil.copytree(folder / "theirs", tmp_path / "theirs")
+    start, scored = {"policy": str(theirs)}, {"reward": "hub://me/tuned/reward"}
     short = {"max_steps": 1, "batch_size": 8, "microbatch": 4}
     prompts = tiny.write_card(tmp_path, "more", "prompts", [{"prompt": q} for q in tiny.QUESTIONS], heldout=0.5)
     asked = {"prompts": str(prompts), "max_new_tokens": 8}
@@ -185,6 +186,7 @@ def test_whatever_tunes_a_policy_starts_from_others_and_is_compared_with_it(work
         assert measured["systems"][name]["kl"] == pytest.approx(figures["kl"], abs=1e-5)
     assert measured["win_rate"].keys() == {"start of dpo/base", *summary["win_rate"]}
     assert "rloo wins over start of dpo" in printed
+    monkeypatch.chdir(folder)  # where the run was started
     files, _ = contents(FinishedRun(out), "rloo", "me/others", None)
     published = yaml.safe_load(files["recipe.resolved.yaml"])["stages"]["rloo"]
     commit = hub.repositories["me/tuned"].branches["main"]

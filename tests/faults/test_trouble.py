@@ -110,14 +110,15 @@ def test_another_number_of_processes_goes_on_within_rounding(server, recipe, who
 
 SMALLER = """
 import torch
-from rlhf_kit import supervised
+from rlhf_kit import rollout, supervised
 from rlhf_kit.stages import ppo, reward
 
 def refuse(rows):
     if rows > 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-sft_part, reward_part, learn, generate = supervised.Trainer.part, reward.Trainer.part, ppo.PPO._learn_from, ppo.generate
+sft_part, reward_part = supervised.Trainer.part, reward.Trainer.part
+learn, generate, sampled = ppo.PPO._learn_from, rollout.generate, ppo.sampled
 
 def part(self, microbatch, tokens):
     if len(microbatch["input_ids"]) > 1:
@@ -129,17 +130,24 @@ def comparisons(self, microbatch, tokens):
     refuse(int(microbatch.prompt.max()) + 1)
     return reward_part(self, microbatch, tokens)
 
-def learn_from(self, rollout, *rest):
-    found = learn(self, rollout, *rest)
-    refuse(len(rollout.scores))
+def learn_from(self, sampled, *rest):
+    found = learn(self, sampled, *rest)
+    refuse(len(sampled.scores))
     return found
 
 def generated(shared, role, prompts, *rest, **more):
     refuse(len(prompts.prompt_ids) - 3)
     return generate(shared, role, prompts, *rest, **more)
 
+def sampled_in_ppo(*rest):  # and not in the evaluation
+    rollout.generate = generated
+    try:
+        return sampled(*rest)
+    finally:
+        rollout.generate = generate
+
 supervised.Trainer.part, reward.Trainer.part = part, comparisons
-ppo.PPO._learn_from, ppo.generate = learn_from, generated
+ppo.PPO._learn_from, ppo.sampled = learn_from, sampled_in_ppo
 """
 
 
