@@ -45,6 +45,8 @@ from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, DPOStage, KTOStage, OnlineStage, PPOStage, RewardStage, SFTStage
 from rlhf_kit.rollout import logits_held
 
+OTHER = "policy of another run"
+"""Its role; its name may hold what the name of a role may not."""
 SHOWN = 6
 """Prompts of which the answers are kept."""
 TEXTS = 256
@@ -129,8 +131,8 @@ class Comparison:
         name = f"{other.recipe.name}:{stage}"
         if name in self.systems or folder.resolve() == self.run.folder.resolve():
             name = f"{folder.name}:{stage}"
-        self.run.shared.add(name, folder / stage / "adapter")
-        return {name: name}
+        self.run.shared.add(OTHER, folder / stage / "adapter")
+        return {name: OTHER}
 
     @cached_property
     def examination(self) -> Examination:
