@@ -56,7 +56,7 @@ def measured(out: Path, card: Path, seed: int) -> dict[str, tuple[float, list[fl
     from rlhf_kit.collate import tokenise_demonstrations
     from rlhf_kit.examples import prompts_of
     from rlhf_kit.pieces import Pieces
-    from rlhf_kit.ptx import PTX
+    from rlhf_kit.ptx import mean_loss
     from rlhf_kit.quickstart import world
     from rlhf_kit.rollout import sampled
 
@@ -72,9 +72,7 @@ def measured(out: Path, card: Path, seed: int) -> dict[str, tuple[float, list[fl
         with torch.no_grad():
             at_once = Pieces("PROMPTS", len(ids), "completions", run.accelerator)
             _, written = sampled(run.shared, role, prompts, ids, uniform, run.text_format, 1.0, at_once)
-            language = PTX(run.shared, texts, coef=1.0, batch_size=len(texts), pad_id=run.text_format.pad_id,
-                           seed=(seed,), accelerator=run.accelerator)  # fmt: skip
-            loss = language.loss(role, range(len(texts)), 32)
+            loss = mean_loss(run.shared, role, texts, run.text_format.pad_id, 32)
         found[name] = math.exp(loss), world.gold(written.prompts, written.texts)
     return found
 

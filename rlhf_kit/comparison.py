@@ -23,34 +23,30 @@ import torch
 from rlhf_kit import artifacts, benchmark_tasks, health, sampling
 from rlhf_kit.check import evaluation_card, evaluation_lengths
 from rlhf_kit.collate import (
-    IGNORED,
     compared,
-    forward_passes,
-    right_pad,
     tokenise_comparisons,
     tokenise_demonstrations,
 )
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.evaluation import Examination, System, heldout_prompts
+from rlhf_kit.evaluation import Examination, System, heldout_prompts, win_rates
 from rlhf_kit.examples import Examples, Prompt, Share, load_examples, mixed
 from rlhf_kit.finished import FinishedRun
 from rlhf_kit.judges import HumanJudge, Judge, blind_pairs
 from rlhf_kit.maths import diversity, statistics
 from rlhf_kit.maths.best_of_n import expected_best, kl_bound
-from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.metrics import progress
 from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.pieces import Pieces
+from rlhf_kit.ptx import mean_loss
 from rlhf_kit.recipe import Cards, DPOStage, KTOStage, OnlineStage, PPOStage, RewardStage, SFTStage
-from rlhf_kit.rollout import logits_held
 
 OTHER = "policy of another run"
 """Its role; its name may hold what the name of a role may not."""
 SHOWN = 6
 """Prompts of which the answers are kept."""
-TEXTS = 256
-"""Held-out texts at most that perplexity is measured on."""
+TEXTS, AT_ONCE = 256, 32
+"""Held-out texts at most that perplexity is measured on, and texts of full length read at a time."""
 REFUSAL = re.compile(
     r"\W*((i'?m|i am) (sorry|unable|not able)|sorry, (but )?i|i (can ?not|can'?t|won'?t)|as an ai\b|i must decline"
     r"|i apologi[sz]e, but)",
@@ -89,19 +85,19 @@ class Comparison:
 
     def __init__(self, run: FinishedRun, asked: Asked) -> None:
         self.run, self.asked = run, asked
-        named = asked.systems or (BASE, *self._starts(), *self._finished())
+        named = asked.systems or (BASE, *self._starts(), *self.run.finished_policies())
         self.systems = {name: run.policy(name) for name in named}
         if asked.against is not None:
             self.systems |= self._other(asked.against)
+        names = [path.stem for path in asked.preferences]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"--preferences: two cards are called {twice[0]}; figures go by the name, so rename one.")
         if len(self.systems) < 2:
             raise InputError(f"{run.folder}: only {', '.join(named)} to look at; a comparison has two systems or more.")
 
-    def _finished(self) -> list[str]:
-        return [name for name in self.run.policies() if artifacts.read_manifest(self.run.folder / name) is not None]
-
     def _starts(self) -> list[str]:
         """Return the policies that finished stages tuned further and none has made, by the closing table's names."""
-        used = {self.run.start_of(name) for name in self._finished()}
+        used = {self.run.start_of(name) for name in self.run.finished_policies()}
         return [name for name in self.run.recipe.starts() if name in used]
 
     def _hashes(self) -> dict[str, str]:
@@ -124,7 +120,7 @@ class Comparison:
             raise InputError(f"{folder}: has no finished policy to compare with.")
         theirs, ours = (
             other.manifest(stage)["base"]["sha256"],
-            self.run.manifest(self._finished()[-1])["base"]["sha256"],
+            self.run.manifest(self.run.finished_policies()[-1])["base"]["sha256"],
         )
         if theirs != ours:
             raise InputError(f"{folder}: was made on another base than {self.run.folder}; both must be on the same.")
@@ -152,7 +148,8 @@ class Comparison:
                 raise InputError(f"{run.folder}: its recipe names no prompts to measure on; use --prompts FILE.")
             limit = evaluation_lengths(recipe)[1]
             prompts, ids = heldout_prompts(recipe, {card: self._examples(card)}, run.text_format, count)
-        tuned = [name for name in self.systems if run.start_of(name) in self.systems and name in self._finished()]
+        done = run.finished_policies()
+        tuned = [name for name in self.systems if name in done and run.start_of(name) in self.systems]
         reference = run.start_of(tuned[-1]) if tuned else next(iter(self.systems))
         return Examination(
             shared=run.shared,
@@ -205,9 +202,9 @@ class Comparison:
             "verdict": "gold" if examination.gold else "score" if examination.reward else None,
             "systems": {name: figures(system) for name, system in answers.items()},
             "win_rate": {
-                f"{after}/{before}": won(answers[after], answers[before])
+                f"{after}/{before}": found
                 for after, before in pairs
-                if answers[after].verdict is not None
+                if (found := won(answers[after], answers[before])) is not None
             },
             "judge": None,
             "best_of_n": None,
@@ -377,7 +374,8 @@ class Comparison:
             raise InputError(f"{seen}; --text takes a card of kind text or demonstrations.")
         rows = (examples.heldout or examples.train)[:TEXTS]
         tokenised = tokenise_demonstrations(rows, self.run.text_format, self.run.context, "drop")
-        found = {name: perplexity(self.run, role, tokenised.rows) for name, role in self.systems.items()}
+        how = (tokenised.rows, self.run.text_format.pad_id, AT_ONCE)
+        found = {name: math.exp(mean_loss(self.run.shared, role, *how)) for name, role in self.systems.items()}
         return {
             "card": examples.card.name,
             "rows": len(tokenised.rows),
@@ -459,12 +457,15 @@ def figures(system: System) -> dict[str, Any]:
     }
 
 
-def won(after: System, before: System) -> dict[str, Any]:
-    """Return how often one system beats another on the same prompts, ties counted half and told."""
-    assert after.verdict is not None and before.verdict is not None
-    plain = statistics.win_rate(after.verdict, before.verdict)
-    matched = statistics.length_matched_win_rate(after.verdict, after.lengths, before.verdict, before.lengths)
-    ties = fmean(one == other for one, other in zip(after.verdict, before.verdict, strict=True))
+def won(after: System, before: System) -> dict[str, Any] | None:
+    """Return how often one system beats another on the same prompts, ties counted half and told; None where nothing
+    scores.
+    """
+    rates = win_rates(after, before)
+    if rates is None:
+        return None
+    plain, matched = rates
+    ties = fmean(one == other for one, other in zip(after.verdict or [], before.verdict or [], strict=True))
     return {
         "rate": plain.rate,
         "ci": list(plain.ci),
@@ -489,18 +490,3 @@ def interpolated(curve: Sequence[tuple[float, float]], value: float) -> float | 
             return before[0] + (x - before[0]) * (value - before[1]) / (y - before[1])
         before = (x, y)
     return None
-
-
-@torch.no_grad()
-def perplexity(run: FinishedRun, role: str, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return exp of the mean negative log-probability of a token, over the learnt tokens of tokenised rows."""
-    shared, device = run.shared, run.shared.device
-    total, tokens = 0.0, 0
-    for index in forward_passes([len(row["input_ids"]) for row in rows], 8192):
-        ids, mask = right_pad([rows[row]["input_ids"] for row in index], run.text_format.pad_id)
-        labels, _ = right_pad([rows[row]["labels"] for row in index], IGNORED)
-        ids, mask, learnt = ids.to(device), mask.to(device), labels[:, 1:].to(device) != IGNORED
-        states = shared.hidden(role, ids, mask)[:, :-1][learnt]
-        logprobs = token_logprobs(states, shared.output_head, ids[:, 1:][learnt], 1.0, logits_held(device))
-        total, tokens = total - float(logprobs.double().sum()), tokens + int(learnt.sum())
-    return math.exp(total / tokens)

@@ -195,9 +195,10 @@ def summarise(
     summary["systems"] = {name: system.figures() for name, system in systems.items()}
     starts = {name: recipe.start_of(name) for name in tuned}
     for name, before in starts.items():
-        win_rate = _win_rate(systems[name], systems[before])
-        if win_rate is not None:
-            summary["win_rate"][f"{name}/{before}"] = win_rate
+        if (rates := win_rates(systems[name], systems[before])) is not None:
+            plain, matched = rates
+            found = {"rate": plain.rate, "ci": list(plain.ci), "length_matched": matched.rate}
+            summary["win_rate"][f"{name}/{before}"] = found
     first = starts[list(tuned)[-1]]
     shown = [first, *(name for name, before in starts.items() if before == first)]
     summary["examples"] = [
@@ -244,12 +245,12 @@ def gold_accuracy(gold: str, rows: Sequence[Preference | Ranking]) -> float:
     return statistics.win_rate(*zip(*pairs, strict=True)).rate
 
 
-def _win_rate(after: System, before: System) -> dict[str, Any] | None:
+def win_rates(after: System, before: System) -> tuple[statistics.Rate, statistics.Rate] | None:
+    """Return how often one system beats another on the same prompts, and at equal length; None where nothing scores."""
     if after.verdict is None or before.verdict is None:
         return None
-    plain = statistics.win_rate(after.verdict, before.verdict)
     matched = statistics.length_matched_win_rate(after.verdict, after.lengths, before.verdict, before.lengths)
-    return {"rate": plain.rate, "ci": list(plain.ci), "length_matched": matched.rate}
+    return statistics.win_rate(after.verdict, before.verdict), matched
 
 
 def heldout_prompts(

@@ -73,10 +73,13 @@ class FinishedRun:
         """Return the stages that make a policy, in the recipe's order."""
         return [name for name, stage in self.recipe.stages.items() if isinstance(stage, PolicyStage)]
 
+    def finished_policies(self) -> list[str]:
+        """Return those of them that are finished."""
+        return [name for name in self.policies() if artifacts.read_manifest(self.folder / name) is not None]
+
     def newest_policy(self) -> str:
         """Return the last finished stage that makes a policy, or the base where there is none."""
-        done = [name for name in self.policies() if artifacts.read_manifest(self.folder / name) is not None]
-        return done[-1] if done else BASE
+        return next(reversed(self.finished_policies()), BASE)
 
     def start_of(self, stage: str) -> str:
         """Return what a policy started from: the one that its stage tuned further, else the base."""

@@ -67,31 +67,38 @@ class PTX:
         """
         batch = self.batch(step)
         mine = [batch[number] for number in distributed.share(len(batch), self.accelerator)]
-        loss, tokens = torch.zeros((), dtype=torch.float64, device=self.shared.device), self._tokens(batch)
-        for part in self._parts(role, mine, size):
+        rows = [self.rows[row] for row in mine]
+        loss = torch.zeros((), dtype=torch.float64, device=self.shared.device)
+        tokens = learnt_tokens([self.rows[row] for row in batch])
+        for part in summed_losses(self.shared, role, rows, self.pad_id, size):
             (self.coef * part / tokens).backward()
             loss += part.detach().double() / tokens
         return loss
 
-    @torch.no_grad()
-    def loss(self, role: str, rows: Sequence[int], size: int) -> float:
-        """Return the loss on some of the texts, in nats per token, by this process alone."""
-        return math.fsum(float(part) for part in self._parts(role, rows, size)) / self._tokens(rows)
 
-    def _tokens(self, rows: Sequence[int]) -> int:
-        """Return how many tokens of these texts have a loss; the first token of a text has none."""
-        return sum(label != IGNORED for row in rows for label in self.rows[row]["labels"][1:])
+@torch.no_grad()
+def mean_loss(shared: SharedBase, role: str, rows: Sequence[Mapping[str, Any]], pad_id: int, size: int) -> float:
+    """Return a role's loss on texts, in nats per token, by this process alone; `size` of full length at a time."""
+    return math.fsum(float(part) for part in summed_losses(shared, role, rows, pad_id, size)) / learnt_tokens(rows)
 
-    def _parts(self, role: str, rows: Sequence[int], size: int) -> Iterator[Tensor]:
-        """Yield the summed loss of one piece of the texts after the other, in nats; the temperature is 1, as in SFT."""
-        if not rows:
-            return
-        ids, mask = right_pad([self.rows[row]["input_ids"] for row in rows], self.pad_id)
-        labels, _ = right_pad([self.rows[row]["labels"] for row in rows], IGNORED)
-        for piece in of_like_length(mask, range(len(rows)), size):
-            columns = int(mask[piece].sum(1).max())
-            tokens, real, wanted = (tensor[piece, :columns].to(self.shared.device) for tensor in (ids, mask, labels))
-            states = self.shared.hidden(role, tokens, real)[:, :-1]
-            learnt, entries = wanted[:, 1:] != IGNORED, logits_held(self.shared.device)
-            ours = token_logprobs(states[learnt], self.shared.output_head, tokens[:, 1:][learnt], 1.0, entries)
-            yield -ours.sum()
+
+def learnt_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many tokens of these texts have a loss; the first token of a text has none."""
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+
+
+def summed_losses(
+    shared: SharedBase, role: str, rows: Sequence[Mapping[str, Any]], pad_id: int, size: int
+) -> Iterator[Tensor]:
+    """Yield the summed loss of one piece of the texts after the other, in nats; the temperature is 1, as in SFT."""
+    if not rows:
+        return
+    ids, mask = right_pad([row["input_ids"] for row in rows], pad_id)
+    labels, _ = right_pad([row["labels"] for row in rows], IGNORED)
+    for piece in of_like_length(mask, range(len(rows)), size):
+        columns = int(mask[piece].sum(1).max())
+        tokens, real, wanted = (tensor[piece, :columns].to(shared.device) for tensor in (ids, mask, labels))
+        states = shared.hidden(role, tokens, real)[:, :-1]
+        learnt, entries = wanted[:, 1:] != IGNORED, logits_held(shared.device)
+        ours = token_logprobs(states[learnt], shared.output_head, tokens[:, 1:][learnt], 1.0, entries)
+        yield -ours.sum()

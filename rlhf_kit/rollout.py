@@ -78,11 +78,12 @@ def sampled(
     uniform: Tensor,
     text_format: TextFormat,
     temperature: float,
-    at_once: Pieces,
+    at_once: Pieces | None = None,
 ) -> tuple[Rollout, Written]:
     """Return a role's completions of prompts, not yet scored, as tokens and as text.
 
-    uniform: [B, C] numbers in [0, 1), as `generate` takes them. at_once: how many are generated at a time.
+    uniform: [B, C] numbers in [0, 1), as `generate` takes them. at_once: how many are generated at a time; None is
+    all of them.
     """
     batch = left_pad(prompt_ids, text_format.pad_id)
 
@@ -101,7 +102,8 @@ def sampled(
         ]
         return joined(pieces, text_format.pad_id)
 
-    rollout = unscored(batch, at_once.whole(completed))
+    completions = completed(len(prompts)) if at_once is None else at_once.whole(completed)
+    rollout = unscored(batch, completions)
     texts = text_format.completion_texts(prompt_ids, rollout.completion_ids, rollout.completion_mask)
     return rollout, Written(list(prompts), texts, rollout.ids, rollout.mask)
 

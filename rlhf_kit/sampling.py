@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
+from rlhf_kit import rollout
 from rlhf_kit.collate import left_pad
 from rlhf_kit.data_cards import data_suffix, load_card
 from rlhf_kit.data_files import file_rows, short
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Prompt, load_examples, prompts_of
 from rlhf_kit.finished import FinishedRun, RewardModel
-from rlhf_kit.generation import generate, uniforms
+from rlhf_kit.generation import uniforms
 from rlhf_kit.metrics import progress
 from rlhf_kit.pieces import Pieces
-from rlhf_kit.rollout import microbatches, unscored
+from rlhf_kit.rollout import microbatches
 from rlhf_kit.scorers import Written
 
 NEW_TOKENS = 128
@@ -131,24 +132,15 @@ def sampled(
 
     def piece(batch: list[int]) -> list[dict[str, Any]]:
         ids = [prompt_ids[rows[row]] for row in batch]
-        packed = left_pad(ids, run.text_format.pad_id)
-        completions = generate(
-            run.shared,
-            role,
-            packed,
-            uniform[batch],
-            end_id=run.text_format.end_id,
-            pad_id=run.text_format.pad_id,
-            temperature=temperature,
-        )
-        rollout = unscored(packed, completions)
-        texts = run.text_format.completion_texts(ids, completions.completion_ids, completions.completion_mask)
         asked = [prompts[rows[row]] for row in batch]
-        scores = reward(Written(asked, texts, rollout.ids, rollout.mask)) if reward else None
+        completions, written = rollout.sampled(
+            run.shared, role, asked, ids, uniform[batch], run.text_format, temperature
+        )
+        scores = reward(written) if reward else None
         return [
             {
                 "prompt": asked[row],
-                "completion": texts[row],
+                "completion": written.texts[row],
                 **({} if scores is None else {"score": scores[row]}),
                 "length": int(completions.completion_mask[row].sum()),
                 "ended": bool(completions.ended[row]),

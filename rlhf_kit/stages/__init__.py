@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from rlhf_kit import distributed
-from rlhf_kit.collate import TextFormat
+from rlhf_kit.collate import TextFormat, Tokenised
 from rlhf_kit.errors import InputError, Interrupted
 from rlhf_kit.examples import Examples
 from rlhf_kit.foreign import Foreign, folder_of
@@ -27,7 +27,7 @@ from rlhf_kit.models import SharedBase
 from rlhf_kit.recipe import Cards, Recipe, Stage
 from rlhf_kit.scorers import Scorer, ServerScorer, probe_error, probe_limit, scorer_of
 
-__all__ = ["Job", "Outcome", "StopRequest"]
+__all__ = ["Job", "Outcome", "StopRequest", "data_read"]
 
 
 class StopRequest:
@@ -123,6 +123,20 @@ class Job:
                 f"was another one than {self.recipe.base.model}; name that one as base.model, or another scorer"
             )
         return scorer, unit
+
+
+def data_read(examples: Examples, train: Tokenised, heldout: Tokenised | None) -> dict[str, Any]:
+    """Return what an outcome tells of a card, or a mixture, that a stage learned from."""
+    return {
+        "train": {
+            "card": examples.card.name,
+            "rows": len(train.rows),
+            "content_hash": examples.content_hash,
+            "read": examples.counts,
+            "tokenised": train.counts,
+        },
+        "heldout": {"rows": len(heldout.rows), "tokenised": heldout.counts} if heldout else {"rows": 0},
+    }
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import DPOStage, KTOStage
-from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.stages import Job, Outcome, data_read
 from rlhf_kit.training import Training, Watched, evaluating, without_dropout
 
 POLICY, REFERENCE = "default", "ref"  # adapters, as trl names them
@@ -106,16 +106,7 @@ def run(job: Job) -> Outcome:
         save_adapter(model, job.folder / "adapter", base)
     return Outcome(
         metrics=metrics,
-        data={
-            "train": {
-                "card": examples.card.name,
-                "rows": len(groups.rows),
-                "content_hash": examples.content_hash,
-                "read": examples.counts,
-                "tokenised": groups.counts,
-            },
-            "heldout": {"rows": len(heldout.rows), "tokenised": heldout.counts} if heldout else {"rows": 0},
-        },
+        data=data_read(examples, groups, heldout),
         extra={"steps": training.steps, "tokens": training.tokens(tokens_of_group)},
     )
 

@@ -25,16 +25,17 @@ import torch
 from torch import Tensor
 
 from rlhf_kit import artifacts, checkpoints, distributed, token_cache
-from rlhf_kit.collate import IGNORED, left_pad, tokenise_prompts
+from rlhf_kit.collate import IGNORED, tokenise_prompts
 from rlhf_kit.errors import Diverged, Interrupted
 from rlhf_kit.examples import Prompt, prompts_of
-from rlhf_kit.generation import derived_seed, generate, seed_generators, uniforms
+from rlhf_kit.generation import derived_seed, seed_generators, uniforms
+from rlhf_kit.maths.best_of_n import kl_bound
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import SharedBase, add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RejectionSamplingStage
-from rlhf_kit.rollout import microbatches, unscored
-from rlhf_kit.scorers import Written, score_unit
+from rlhf_kit.rollout import microbatches, sampled
+from rlhf_kit.scorers import score_unit
 from rlhf_kit.stages import Job, Outcome
 from rlhf_kit.supervised import attach_trainer
 from rlhf_kit.training import Training, without_dropout
@@ -141,11 +142,10 @@ def run(job: Job) -> Outcome:
         pieces=Pieces(f"stages.{job.name}.microbatch", settings.microbatch, "rows", job.accelerator),
     )
     attach_trainer(training, job.text_format)
-    n = settings.completions_per_prompt
     metrics = {
         "objective/score": math.fsum(winners.scores) / len(winners.scores),
         "rejection_sampling/score_of_all": winners.all_scores / winners.scored,
-        "rejection_sampling/kl_bound": math.log(n) - (n - 1) / n,
+        "rejection_sampling/kl_bound": kl_bound(settings.completions_per_prompt),
         "rollout/ended_fraction": winners.ended / len(rows),
         "rollout/length": sum(map(len, winners.completions)) / len(rows),
         **({"rejection_sampling/skipped_prompts": float(winners.skipped)} if winners.skipped else {}),
@@ -316,19 +316,9 @@ class Sampling:
         found: list[tuple[list[int], float]] = []
         for piece in microbatches(range(len(rows)), size):
             asked = [self.prompt_ids[rows[number]] for number in piece]
-            batch = left_pad(asked, self.format.pad_id)
-            completions = generate(
-                self.shared,
-                POLICY,
-                batch,
-                uniform[piece],
-                end_id=self.format.end_id,
-                pad_id=self.format.pad_id,
-                temperature=settings.temperature,
-            )
-            rollout = unscored(batch, completions)
-            texts = self.format.completion_texts(asked, rollout.completion_ids, rollout.completion_mask)
-            written = Written([self.prompts[rows[number]] for number in piece], texts, rollout.ids, rollout.mask)
+            texts = [self.prompts[rows[number]] for number in piece]
+            how = (uniform[piece], self.format, settings.temperature)
+            rollout, written = sampled(self.shared, POLICY, texts, asked, *how)
             scores: Tensor = self.scorer(written)
             ids = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
             found += [(row[mask].tolist(), float(score)) for (row, mask), score in zip(ids, scores, strict=True)]

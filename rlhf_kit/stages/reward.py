@@ -71,7 +71,7 @@ from rlhf_kit.models import (
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage, SFTStage
 from rlhf_kit.rollout import logits_held, microbatches
-from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.stages import Job, Outcome, data_read
 from rlhf_kit.training import Training, Watched, evaluating, optimizer_steps, without_dropout
 
 NORMALISED_ON = 512
@@ -143,16 +143,7 @@ def measured(
         metric_log(job, job.folder).log(steps, metrics)
     return Outcome(
         metrics=metrics,
-        data={
-            "train": {
-                "card": examples.card.name,
-                "rows": len(groups.rows),
-                "content_hash": examples.content_hash,
-                "read": examples.counts,
-                "tokenised": groups.counts,
-            },
-            "heldout": {"rows": len(heldout.rows), "tokenised": heldout.counts} if heldout else {"rows": 0},
-        },
+        data=data_read(examples, groups, heldout),
         extra=extra,
     )
 

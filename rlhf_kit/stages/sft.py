@@ -16,7 +16,7 @@ from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import add_adapter, context_length, load_base, save_adapter
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import SFTStage
-from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.stages import Job, Outcome, data_read
 from rlhf_kit.supervised import attach_trainer, padded
 from rlhf_kit.token_cache import tokenised
 from rlhf_kit.training import Training, batches_of_like_length, evaluating, without_dropout
@@ -81,16 +81,7 @@ def run(job: Job) -> Outcome:
         save_adapter(model, job.folder / "adapter", base)
     return Outcome(
         metrics=metrics,
-        data={
-            "train": {
-                "card": examples.card.name,
-                "rows": len(rows.rows),
-                "content_hash": examples.content_hash,
-                "read": examples.counts,
-                "tokenised": rows.counts,
-            },
-            "heldout": {"rows": len(heldout.rows), "tokenised": heldout.counts} if heldout else {"rows": 0},
-        },
+        data=data_read(examples, rows, heldout),
         extra={"steps": training.steps, "tokens": training.tokens(lambda row: len(row["input_ids"]))},
     )
 

@@ -231,6 +231,7 @@ def test_tasks_of_the_harness(finished, tmp_path):
         (("--human", "missing.jsonl"), "there is no such file"),
         (("--prompts", "missing.jsonl"), "there is no such file"),
         (("--against", "missing"), "missing"),
+        (("--preferences", "a/pairs.md", "--preferences", "b/pairs.md"), "two cards are called pairs"),
     ],
 )
 def test_wrong_questions(finished, arguments, told):
