@@ -59,19 +59,6 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def content_hash_of_model_folder(folder: Path) -> str:
-    """Return one SHA-256, in hex, over the files that make a model: configuration, tokenizer, templates and weights.
-
-    Other files (a README, samples) may change without making it another model. Names count, times and places do not.
-    """
-    return hash_of({path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if _makes_the_model(path)})
-
-
-def _makes_the_model(path: Path) -> bool:
-    suffixes = {".json", ".safetensors", ".model", ".jinja", ".py"}
-    return path.is_file() and (path.suffix in suffixes or path.name in {"merges.txt", "vocab.txt"})
-
-
 # ---------------------------------------------------------------- writing
 
 

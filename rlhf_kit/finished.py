@@ -64,8 +64,8 @@ class FinishedRun:
         if identity["sha256"] != manifest["base"]["sha256"]:
             raise InputError(
                 f"{self.recipe.base.model}: is not the base that {self.folder / stage} was made on (content "
-                f"{(identity['sha256'] or 'unknown')[:12]} and {(manifest['base']['sha256'] or 'unknown')[:12]}); put "
-                "it back, or name it with --base."
+                f"{identity['sha256'][:12]} and {manifest['base']['sha256'][:12]}); put that one back, or name it with "
+                "--base."
             )
         return manifest
 

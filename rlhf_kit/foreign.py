@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +83,7 @@ class Foreign:
     def sha256(self) -> str:
         """The hash of all that it computes with."""
         if self.kind == "model":
-            return artifacts.content_hash_of_model_folder(self.folder)
+            return ModelFolder(self.folder).sha256
         files = [self.folder / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, VALUE_HEAD)]
         unit = {}
         if self.kind == "reward" and self.manifest is not None:
@@ -364,21 +364,22 @@ def base_name(artefact: Foreign) -> str | None:
     return artefact.settings.get("base_model_name_or_path") or None
 
 
-def base_told_apart(artefact: Foreign, base: Base, sha256: str | None) -> tuple[str | None, str | None]:
+def base_told_apart(artefact: Foreign, base: Base, sha256: Callable[[], str]) -> tuple[str | None, str | None]:
     """Return a problem, that an adapter was made on other content than the base's, or a note, that only names differ.
 
-    sha256: the base's content, where it is known.
+    sha256: gives the hash of the base's content, which is asked for where there is one to compare it with.
     """
     if artefact.kind == "model":
         return None, None
     theirs = artefact.manifest["base"]["sha256"] if artefact.manifest is not None else None
     name = base_name(artefact)
-    if theirs and sha256:
-        if theirs == sha256:
+    if theirs:
+        ours = sha256()
+        if theirs == ours:
             return None, None
         return (
             f"{artefact.written}: this adapter was made for another base ({name}, content {theirs[:12]}) than "
-            f"{base.model} (content {sha256[:12]}); name the base it was trained on, or another adapter"
+            f"{base.model} (content {ours[:12]}); name the base it was trained on, or another adapter"
         ), None
     if name is None or name in (base.model, base.hub_id, without_local_paths(base.model)):
         return None, None

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from rlhf_kit import artifacts
 from rlhf_kit.errors import InputError, first_line, printable
 from rlhf_kit.settings import HubReference
 
@@ -360,12 +361,31 @@ class ModelFolder:
                         f"({len(shapes):,} tensors, none wider than {widest:,}); get it again"
                     )
 
+    @property
+    def shards(self) -> list[str]:
+        """The names of the files that its weights are loaded from."""
+        return [WEIGHTS] if (self.folder / WEIGHTS).exists() else [str(name) for name in _shards(self.folder / INDEX)]
+
     @cached_property
     def tensors(self) -> dict[str, Any]:
         """The headers of the weights: what each tensor's type and shape are, by its name."""
-        shards = [WEIGHTS] if (self.folder / WEIGHTS).exists() else _shards(self.folder / INDEX)
-        headers = [safetensors_header(self.folder / name) for name in shards]
+        headers = [safetensors_header(self.folder / name) for name in self.shards]
         return {name: tensor for header in headers for name, tensor in header.items()}
+
+    @property
+    def sha256(self) -> str:
+        """One hash, in hex, over the files that make the model: configuration, tokenizer, templates and weights.
+
+        Other files may change without making it another model: a README, other formats of the weights, code that is not
+        trusted. Names count, times and places do not: a copy of the same files has the same hash.
+        """
+        files = {path for pattern in self._made_of for path in self.folder.glob(pattern) if path.is_file()}
+        return artifacts.hash_of({path.name: artifacts.sha256_of_file(path) for path in files})
+
+    @property
+    def _made_of(self) -> list[str]:
+        small = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+        return [*small, *(["*.py"] if self.trust_remote_code else []), *self.shards]
 
     @property
     def parameters(self) -> int:

@@ -42,7 +42,7 @@ from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.foreign import Foreign
 from rlhf_kit.maths.logprobs import OutputHead
-from rlhf_kit.model_folders import ADAPTER_WEIGHTS, check_adapter, opened, safetensors_header
+from rlhf_kit.model_folders import ADAPTER_WEIGHTS, ModelFolder, check_adapter, opened, safetensors_header
 from rlhf_kit.settings import without_local_paths
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every layer of every pass
@@ -55,25 +55,26 @@ BASE = "base"
 
 
 def base_identity(base: recipe.Base) -> dict[str, Any]:
-    """Return what makes two bases the same: name, revision, precision and, for a local folder, its content's hash."""
-    local = Path(base.model)
+    """Return name, revision, precision and content of a base; two are the same by the last two.
+
+    One from the Hub is fetched for it.
+
+    Raises:
+        InputError: it cannot be had.
+    """
     return {
         "name": base.model,
         "revision": base.revision,
         "quantization": base.quantization,
         "dtype": base.dtype,
-        "sha256": _content_hash(local) if local.is_dir() else None,
+        "sha256": _content(base.model, base.revision, base.trust_remote_code),
     }
 
 
-def base_content(base: recipe.Base) -> str:
-    """Return the hash of a base's content, also of one from the Hub, which is fetched for it."""
-    return _content_hash(_opened(base))
-
-
 @functools.cache  # a base is gigabytes, and does not change while it is in use
-def _content_hash(folder: Path) -> str:
-    return artifacts.content_hash_of_model_folder(folder)
+def _content(model: str, revision: str | None, trust_remote_code: bool) -> str:
+    folder = opened(model, revision, setting="base.model", trust_remote_code=trust_remote_code)
+    return ModelFolder(folder, trust_remote_code).sha256
 
 
 def context_length(base: recipe.Base) -> int | None:
@@ -325,7 +326,7 @@ def _copy_lora(model: PeftModel, role: str, folder: Path, base: recipe.Base) -> 
     stored = read_adapter(folder)
     manifest = artifacts.manifest_at(folder.parent / artifacts.MANIFEST)
     theirs, ours = manifest and manifest["base"]["sha256"], base_identity(base)["sha256"]
-    if theirs and ours and theirs != ours:
+    if theirs and theirs != ours:
         raise InputError(
             f"{folder}: this adapter was made for another base (content {theirs[:12]}) than {base.model} "
             f"(content {ours[:12]}); name the base it was trained on, or train it again on this one."
@@ -382,7 +383,7 @@ def misfits(base: recipe.Base, artefact: Foreign) -> tuple[list[str], list[str]]
     """
     if artefact.kind == "model":
         return [], []
-    problem, note = foreign.base_told_apart(artefact, base, base_identity(base)["sha256"])
+    problem, note = foreign.base_told_apart(artefact, base, lambda: base_identity(base)["sha256"])
     problems = [problem] if problem else [f"{artefact.written}: {found}" for found in _unfitting(base, artefact)]
     return problems, [note] if note else []
 

@@ -371,8 +371,7 @@ class Pipeline:
         if isinstance(settings, OnlineStage) and settings.ptx is not None:
             own["ptx.data"] = self.examples[settings.ptx.data].content_hash
         base = models.base_identity(self.recipe.base)
-        if base["sha256"] is not None:  # the content of a folder tells more than its name
-            del base["name"], base["revision"]
+        del base["name"], base["revision"]  # the content tells more
         tokenizer = {key: value for key, value in self.text_format.identity().items() if key != "notes"}
         inputs = {stage: artifacts.manifest_hash(self.folder / stage) for stage in self.recipe.depends_on(name)}
         return artifacts.flat(

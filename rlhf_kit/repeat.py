@@ -21,7 +21,7 @@ from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.examples import Examples
 from rlhf_kit.foreign import read_manifest
 from rlhf_kit.model_folders import read_object
-from rlhf_kit.recipe import COMMIT, Base, Cards, Recipe, SamplingStage
+from rlhf_kit.recipe import Cards, Recipe, SamplingStage
 from rlhf_kit.settings import HUB, HubReference, hub_reference
 
 COPIES = Path("published")
@@ -168,20 +168,10 @@ def differences(published: Published, recipe: Recipe, examples: Mapping[Cards, E
             then[f"{name}: data"], now[f"{name}: data"] = part["content_hash"], examples[cards].content_hash
     if published.manifests:
         base, here = next(iter(published.manifests.values()))["base"], models.base_identity(recipe.base)
-        then |= {f"base.{key}": base.get(key) for key in here}
-        now |= {f"base.{key}": value for key, value in here.items()}
-        if base["sha256"] is not None:  # content tells more than names
-            now["base.sha256"] = models.base_content(recipe.base)
-            for key in ("base.name", "base.revision"):
-                del then[key], now[key]
-    changed = artifacts.differences(then | dict(published.versions), now | _versions(artifacts.environment("", 0, 0)))
-    return changed + _branch(recipe.base, then.get("base.revision"))
-
-
-def _branch(base: Base, then: str | None) -> list[str]:
-    if then is None or then != base.revision or COMMIT.fullmatch(then):
-        return []
-    return [f"base.revision: {then} is a branch or a tag, which may have moved since"]
+        what = ("sha256", "quantization", "dtype")  # the content tells more than name and revision
+        then |= {f"base.{key}": base.get(key) for key in what}
+        now |= {f"base.{key}": here[key] for key in what}
+    return artifacts.differences(then | dict(published.versions), now | _versions(artifacts.environment("", 0, 0)))
 
 
 def _versions(environment: Mapping[str, Any]) -> dict[str, Any]:

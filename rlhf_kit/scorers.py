@@ -233,10 +233,8 @@ class ServerScorer:
 
 def reads(base: recipe.Base, text_format: TextFormat) -> dict[str, Any]:
     """Return the "base" and "tokenizer" that two must both have for one to read the other's tokens."""
-    identity = base_identity(base)
-    named = ("name", "revision") if identity["sha256"] is None else ("sha256",)  # content tells more than a name
     tokenizer = {key: value for key, value in text_format.identity().items() if key != "notes"}
-    return {"base": {key: identity[key] for key in named}, "tokenizer": tokenizer}
+    return {"base": {"sha256": base_identity(base)["sha256"]}, "tokenizer": tokenizer}
 
 
 def scorer_of(

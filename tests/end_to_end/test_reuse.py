@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from transformers import AutoModelForCausalLM
 
 from rlhf_kit.finished import FinishedRun
@@ -217,6 +219,29 @@ def test_a_published_run_is_run_again(workplace, tmp_path):
     words = ("--set", f"data_root={other}", "--only", "sft", "--out", str(tmp_path / "second"))
     told = call(hub, tmp_path, "run", "hub://me/tuned", *words).stderr
     assert 'hub://me/tuned: peft: "0.1.0" -> ' in told and "hub://me/tuned: sft: data: " in told
+
+
+def test_a_base_is_known_by_its_content(workplace, tmp_path):
+    """From the Hub it is the base of a local folder with the same files; a branch that moved is another one."""
+    folder, hub = workplace
+    moving = hub.add("me/moving", hub.files("me/base"))
+    shutil.copytree(folder / "run", tmp_path / "run")
+    from_hub = ("--set", "base.model=me/moving", "--set", "publish=null")
+    again = call(hub, folder, "run", str(folder / "chain.yaml"), "--out", str(tmp_path / "run"), *from_hub)
+    assert again.stderr.count("finished already, nothing has changed; skipped") == 3
+
+    weights = load_file(folder / "model" / "model.safetensors")
+    first = next(iter(weights))
+    weights[first] = weights[first] + 1
+    moving.commit({"model.safetensors": to_bytes(weights, metadata={"format": "pt"})})
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "Why?", "completion": "So."}\n')
+    scored = ("score", str(tmp_path / "run"), str(tmp_path / "texts.jsonl"), "--base")
+    call(hub, folder, *scored, "me/base")
+    assert "me/moving: is not the base that" in call(hub, folder, *scored, "me/moving", code=2).stderr
+    recipe = change(folder / "chain.yaml", folder / "moved.yaml", reward=None, ppo=None, sft={"init": "hub://me/tuned"})
+    refused = call(hub, folder, "run", str(recipe), "--out", str(tmp_path / "new"), *from_hub, code=2).stderr
+    assert "stages.sft.init: hub://me/tuned: this adapter was made for another base (model, content " in refused
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

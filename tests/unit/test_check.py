@@ -214,6 +214,24 @@ class TestModelFolder:
             with pytest.raises(InputError, match=said):
                 safetensors_header(path)
 
+    def test_what_is_loaded_makes_the_model(self, tmp_path):
+        """Another place, README, format of the weights or untrusted code leave it the same; each file loaded counts."""
+        one, two = write_model(tmp_path / "one"), write_model(tmp_path / "two")
+        (one / "README.md").write_text("x")
+        (one / "model.fp16.safetensors").write_bytes(b"x")
+        (one / "modeling.py").write_text("x")
+        assert ModelFolder(one).sha256 == ModelFolder(two).sha256
+        seen = {ModelFolder(one).sha256, ModelFolder(one, trust_remote_code=True).sha256}
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "merges.txt", "chat_template.jinja"):
+            (one / name).write_bytes(b"x")
+            seen.add(ModelFolder(one).sha256)
+        (one / "model.safetensors").unlink()
+        (one / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+        for content in (b"x", b"y"):
+            (one / "model-1.safetensors").write_bytes(content)
+            seen.add(ModelFolder(one).sha256)
+        assert len(seen) == 9
+
     def test_all_that_is_wrong(self, tmp_path):
         """Broken weights and a missing tokenizer are told together."""
         model = write_model(tmp_path / "m")

@@ -13,6 +13,7 @@ import yaml
 
 from rlhf_kit import artifacts, pipeline
 from rlhf_kit.errors import InputError, Interrupted
+from rlhf_kit.model_folders import ModelFolder
 from rlhf_kit.stages import Job, Outcome
 from tests import tiny
 from tests.end_to_end import chain
@@ -127,7 +128,7 @@ class TestManifest:
         assert manifest["settings_hash"] == artifacts.hash_of(manifest["settings"])
         assert manifest["seed"] == 7
         assert manifest["inputs"] == {name: artifacts.manifest_hash(world.out / name) for name in ("sft", "reward")}
-        assert manifest["base"]["sha256"] == artifacts.content_hash_of_model_folder(world.recipe.parent / "model")
+        assert manifest["base"]["sha256"] == ModelFolder(world.recipe.parent / "model").sha256
         assert manifest["tokenizer"]["end_token"] == "</s>"
         assert manifest["metrics"] == {"x/loss": 0.5} and manifest["probe"] == [1]
         assert manifest["cost"]["tokens"] == 3 and manifest["cost"]["seconds"] > 0
