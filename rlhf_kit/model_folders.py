@@ -53,6 +53,8 @@ PLAIN_LORA = {
 """Keys of an adapter's configuration whose effect on what it computes is here what it is in PEFT."""
 PLAIN = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
 """Other keys that PEFT always writes, where they ask for nothing; the rest are empty then."""
+CHAT_TEMPLATE = "chat_template.jinja"
+"""What transformers writes beside a tokenizer that has one."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "sentencepiece.bpe.model"}

@@ -28,13 +28,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._http import default_client_factory
 
-from rlhf_kit import artifacts
+from rlhf_kit import artifacts, check
 from rlhf_kit.data_cards import card_metadata
 from rlhf_kit.errors import InputError, NotPushed, first_line
 from rlhf_kit.finished import FinishedRun
 from rlhf_kit.marked_yaml import write_yaml
 from rlhf_kit.model_card import model_card
-from rlhf_kit.recipe import cards_of, written_recipe
+from rlhf_kit.model_folders import CHAT_TEMPLATE
+from rlhf_kit.recipe import written_recipe
 from rlhf_kit.settings import HUB_ID, without_local_paths
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
@@ -203,13 +204,7 @@ def _tokenizer(run: FinishedRun) -> Iterator[tuple[str, bytes]]:
 
 def _cards(run: FinishedRun) -> dict[str, str]:
     """Return where each data card of the recipe lies in the repository, by its path."""
-    names: dict[str, None] = {}
-    for stage in run.recipe.stages.values():
-        for key in ("data", "prompts", "normalize_on"):
-            if named := getattr(stage, key, None):
-                names |= dict.fromkeys(cards_of(named))
-    if run.recipe.evaluation.prompts:
-        names[run.recipe.evaluation.prompts] = None
+    names = check.card_uses(run.recipe)
     missing = [name for name in names if not Path(name).is_file()]
     if missing:
         raise InputError(f"{missing[0]}: there is no such data card; push where the recipe was run.")
@@ -232,11 +227,12 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _recipe(run: FinishedRun) -> str:
     """Return the resolved recipe as it is for others: the base by its Hub id, what is from the Hub at its commit, cards
-    where the repository has them.
+    and chat template where the repository has them.
     """
     data = run.recipe.model_dump()
     base = data["base"]
     base["model"] = base["hub_id"] or base["model"]
+    base["chat_template"] = base["chat_template"] and CHAT_TEMPLATE
     for name in run.recipe.stages:
         for key, artefact in run.starts(name).items():
             *section, field = key.split(".")

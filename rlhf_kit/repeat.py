@@ -20,7 +20,7 @@ from rlhf_kit.check import scorers_of
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.examples import Examples
 from rlhf_kit.foreign import read_manifest
-from rlhf_kit.model_folders import read_object
+from rlhf_kit.model_folders import CHAT_TEMPLATE, read_object
 from rlhf_kit.recipe import Cards, Recipe, SamplingStage
 from rlhf_kit.settings import HUB, HubReference, hub_reference
 
@@ -34,7 +34,7 @@ class Published:
 
     written: str
     folder: Path
-    """With its recipe and its data cards."""
+    """With its recipe, data cards and chat template."""
     manifests: Mapping[str, Mapping[str, Any]]
     """Of its stages, by name."""
     versions: Mapping[str, Any]
@@ -67,7 +67,9 @@ def fetched(written: str) -> Published:
             "reward model is named in a recipe, as init, policy or reward"
         )
     folder = COPIES / f"{reference.repo.replace('/', '--')}@{snapshot.name[:12]}"
-    names = [artifacts.RECIPE, *(f"data_cards/{path.name}" for path in sorted(snapshot.glob("data_cards/*.md")))]
+    cards = (f"data_cards/{path.name}" for path in sorted(snapshot.glob("data_cards/*.md")))
+    templates = (path.name for path in snapshot.glob(CHAT_TEMPLATE))
+    names = [artifacts.RECIPE, *cards, *templates]
     _copy(snapshot, names, folder)
     found = {path.parent.name: read_manifest(path) for path in sorted(snapshot.glob(f"*/{artifacts.MANIFEST}"))}
     manifests = {name: manifest for name, manifest in found.items() if manifest is not None}
@@ -80,7 +82,7 @@ def fetched(written: str) -> Published:
 def _snapshot(written: str, reference: HubReference) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [artifacts.RECIPE, artifacts.ENVIRONMENT, "data_cards/*.md", f"*/{artifacts.MANIFEST}"]
+    patterns = [artifacts.RECIPE, artifacts.ENVIRONMENT, CHAT_TEMPLATE, "data_cards/*.md", f"*/{artifacts.MANIFEST}"]
     try:
         return Path(snapshot_download(reference.repo, revision=reference.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:

@@ -69,7 +69,7 @@ class Watch:
         self.history: list[dict[str, float]] = []
         """The figures of every look."""
         self.best: dict[str, Tensor] = {}
-        """Of the policy that the guard would go back to, its parameters."""
+        """The trainable parameters where the guard would go back to: of the policy, and of its value function."""
 
     # ------------------------------------------------------------ looking
 
@@ -102,7 +102,7 @@ class Watch:
             "heldout/distinct_1": diversity.distinct(tokens, 1),
             "heldout/distinct_2": diversity.distinct(tokens, 2),
             "heldout/reference_perplexity": math.exp(-math.fsum(column["reference"]) / math.fsum(look.length)),
-            **self._judged(look, policy),
+            **self._judged(look),
         }
 
     def _answers(self, policy: str, reference: str) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ class Watch:
 
     # ------------------------------------------------------------ the guard
 
-    def _judged(self, look: Look, policy: str) -> dict[str, float]:
+    def _judged(self, look: Look) -> dict[str, float]:
         """Let the guard, if any, judge a look; keep the policy if it is the best so far, and say so if it acts."""
         guard = self.guard
         if guard is None:
@@ -170,7 +170,7 @@ class Watch:
         before = guard.acted
         figures = guard.judge(look)
         if guard.is_best(look) and guard.settings.action == "rollback":
-            parameters = self.shared.parameters_of(policy)
+            parameters = self.shared.trainable()
             self.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         if guard.acted is not None and before is None:
             then = {
@@ -202,11 +202,11 @@ class Watch:
             why = f"the last: the guard only warned: {acted['why']}"
         return {"kept_update": kept, "why": why, "acted": acted, "looks": self.history}
 
-    def put_back_best(self, policy: str) -> None:
-        """Make the policy the best one watched, if the guard ended the stage and is to roll back."""
+    def put_back_best(self) -> None:
+        """Make policy and value function those of the best look, if the guard ended the stage and is to roll back."""
         if self.over and self.guard is not None and self.guard.settings.action == "rollback":
             with torch.no_grad():
-                for name, parameter in self.shared.parameters_of(policy).items():
+                for name, parameter in self.shared.trainable().items():
                     parameter.copy_(self.best[name])
 
     # ------------------------------------------------------------ checkpoints
@@ -216,7 +216,7 @@ class Watch:
         return {"history": self.history, "guard": self.guard and self.guard.state(), "at_once": self.at_once.size}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the best policy's parameters, as "best/<name>"."""
+        """Return the parameters of the best look, as "best/<name>"."""
         return {f"best/{name}": tensor for name, tensor in self.best.items()}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

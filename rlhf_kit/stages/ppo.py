@@ -428,9 +428,9 @@ class PPO:
         return self.job.folder / "samples.jsonl"
 
     def save(self) -> None:
-        """Write the tuned policy, or the one that the guard goes back to, and the value function."""
+        """Write the tuned policy and its value function, or those that the guard goes back to."""
         if self.watch is not None:
-            self.watch.put_back_best(POLICY)
+            self.watch.put_back_best()
         if self.accelerator.is_main_process:
             self.shared.save(POLICY, self.job.folder / "adapter")
             if self.with_value is not None and self.with_value.value == "adapter":

@@ -23,12 +23,21 @@ from tests.end_to_end import chain
 from tests.hub import TOKEN, Hub
 from tests.others import add_value_head, make_adapter
 
+TEMPLATE = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }} {% endfor %}"
+"""The recipe's own."""
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with a run that is published as me/tuned on me/base, and an adapter made with PEFT alone."""
     folder = tmp_path_factory.mktemp("reuse")
-    recipe = chain.write_chain(folder, name="tuned", base={"hub_id": "me/base"}, publish={"repo": "me/tuned"})
+    (folder / "turns.jinja").write_text(TEMPLATE)
+    tiny.write_card(folder, "read", "text", [{"text": text} for text in tiny.QUESTIONS])
+    base = {"hub_id": "me/base", "chat_template": "turns.jinja"}
+    recipe = chain.write_chain(folder, name="tuned", base=base, publish={"repo": "me/tuned"})
+    content = yaml.safe_load(recipe.read_text())
+    content["stages"]["ppo"]["ptx"] = {"data": "read.md", "coef": 0.1}
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
     make_adapter(folder / "theirs", folder / "model")
     with Hub() as hub:
         hub.add("me/base", {path.name: path.read_bytes() for path in (folder / "model").iterdir()})
@@ -208,6 +217,9 @@ def test_a_published_run_is_run_again(workplace, tmp_path):
     weights = Path("sft") / "adapter" / "adapter_model.safetensors"
     assert (tmp_path / "runs" / "me--tuned" / weights).read_bytes() == (folder / "run" / weights).read_bytes()
     assert "publish:" not in result.stderr
+    (copy,) = (tmp_path / "published").iterdir()
+    assert (copy / "chat_template.jinja").read_text() == TEMPLATE
+    assert {path.stem for path in (copy / "data_cards").iterdir()} == {"shown", "pairs", "asked", "read"}
 
     old = json.loads(hub.files("me/tuned")["environment.json"])
     old["packages"]["peft"] = "0.1.0"

@@ -157,8 +157,19 @@ def test_each_action(tmp_path, action, capsys):
         trainer.save()
         expected = weights(plain)
     assert same(expected, weights(job))
-    # The value function learns on beside it, and its last state is kept.
-    assert (job.folder / "value").is_dir()
+
+
+def test_the_value_function_goes_back_with_the_policy(tmp_path):
+    """Over its KL budget after update 3, a run ends with both as an undisturbed one had them after update 2."""
+    guard = {"action": "rollback", "kl_budget": 2.5, "sigmas": 0.1, "length_factor": None}
+    job = make_job(tmp_path, **{**HACKED, "watch": {"every": 1, "count": 16}}, guard=guard)
+    told = ppo.run(job).extra["watch"]
+    assert (told["acted"]["update"], told["kept_update"]) == (3, 2)
+    plain = make_job(tmp_path, out="plain", **{**HACKED, "watch": None, "updates": 2})
+    ppo.run(plain)
+    for folder in ("adapter", "value"):
+        files = [{path.name: path.read_bytes() for path in (one.folder / folder).iterdir()} for one in (plain, job)]
+        assert files[0] == files[1] and len(files[0]) == (3 if folder == "value" else 2)
 
 
 @pytest.mark.parametrize("looks", [2, 3])
