@@ -15,16 +15,14 @@ SFT's gold scores.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from measure import ROOT, arguments, print_table, write
+from measure import ROOT, arguments, print_table, run_stage, write
 
 EVERY = 2
 WATCH = f"stages.ppo.watch={{every: {EVERY}, count: 128, gold: 'rlhf_kit.quickstart.world:gold'}}"
@@ -33,18 +31,6 @@ HACKED = ("stages.ppo.reward=benchmarks.hackable:wordy", "stages.ppo.kl_coef=0.0
 MOST = 0.25
 """SFT standard deviations that gold may fall from its best."""
 TRUE_PROMPTS = 512
-
-
-def run_stage(out: Path, stage: str, *settings: str) -> dict[str, Any]:
-    """Run one stage of the quickstart into `out` unless it is finished; return its manifest."""
-    command = [sys.executable, "-m", "rlhf_kit", "run", "recipes/quickstart.yaml", "--out", str(out), "--only", stage]
-    for setting in settings:
-        command += ["--set", setting]
-    log = out.with_name(f"{out.name}.log")
-    with log.open("a") as file:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    return json.loads((out / stage / "manifest.json").read_text())
 
 
 def true_gold(out: Path, seed: int) -> tuple[list[float], float]:

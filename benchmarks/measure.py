@@ -25,22 +25,36 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def rlhf_kit(*words: str, log: Path | None = None) -> None:
+    """Run a command of rlhf_kit in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its output is at the end of `log`, or was shown.
+    """
+    command = [sys.executable, "-m", "rlhf_kit", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if log is None:
+        subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    else:
+        with log.open("a") as file:
+            subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def run_stage(out: Path, stage: str, *settings: str, recipe: str = "recipes/quickstart.yaml") -> dict[str, Any]:
+    """Run one stage of a recipe into `out` unless it is finished; return its manifest."""
+    chosen = [word for setting in settings for word in ("--set", setting)]
+    rlhf_kit("run", recipe, "--out", str(out), "--only", stage, *chosen, log=out.with_name(f"{out.name}.log"))
+    return json.loads((out / stage / "manifest.json").read_text())
+
+
 def run(recipe: Path, out: Path, settings: Sequence[str] = (), *, log: Path | None = None) -> dict[str, Any]:
     """Run a recipe in a process of its own; return its summary with "wall_s" and "peak_bytes" of the process.
 
     Raises:
-        subprocess.CalledProcessError: it failed; its output is in `log`, or was shown.
+        subprocess.CalledProcessError: it failed; its output is at the end of `log`, or was shown.
     """
-    command = [sys.executable, "-m", "rlhf_kit", "run", str(recipe), "--out", str(out)]
-    for setting in settings:
-        command += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
-    if log is None:
-        subprocess.run(command, check=True, cwd=ROOT, env=environment)
-    else:
-        with log.open("w") as file:
-            subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    rlhf_kit("run", str(recipe), "--out", str(out), *(word for one in settings for word in ("--set", one)), log=log)
     summary = json.loads((out / "summary.json").read_text())
     # The largest child so far, which is this one unless an earlier one was larger: an upper bound.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -21,8 +21,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from guard import examples_of, run_stage
-from measure import arguments, print_table, write
+from guard import examples_of
+from measure import arguments, print_table, run_stage, write
 
 DEFAULT = 1.0  # a guess by scale until this has been run: both losses are means per token
 LIMITS = {"perplexity": 1.02, "kept": 0.85}
