@@ -25,7 +25,7 @@ from typing import Any
 from measure import ROOT, arguments, print_table, run_stage, write
 
 EVERY = 2
-WATCH = f"stages.ppo.watch={{every: {EVERY}, count: 128, gold: 'rlhf_kit.quickstart.world:gold'}}"
+WATCH = f"stages.ppo.watch={{every: {EVERY}, count: 256, gold: 'rlhf_kit.quickstart.world:gold'}}"
 GUARD = "stages.ppo.guard={action: stop, kl_budget: 8}"
 HACKED = ("stages.ppo.reward=benchmarks.hackable:wordy", "stages.ppo.kl_coef=0.0")
 MOST = 0.25

@@ -141,7 +141,8 @@ class Guard:
         """Yield the name of each alarm, and what it says."""
         settings, sigmas = self.settings, self.settings.sigmas
         assert self.first is not None
-        if self._change(look, self._surplus(look)).is_below(0, sigmas):
+        behind = settings.tolerance * (pstdev(self.first.worth) or 1.0)
+        if self._change(look, self._surplus(look)).is_below(-behind, sigmas):
             yield "score" if look.gold is None else "gold", self._fallen(look)
         if settings.kl_budget is not None and Change(*mean_and_error(look.kl)).is_above(settings.kl_budget, sigmas):
             yield "kl", f"KL is {Change(*mean_and_error(look.kl))} nats per completion, above {settings.kl_budget:g}"

@@ -289,11 +289,13 @@ class Guard(Settings):
     says so and goes on."""
     patience: Count = 1
     """Looks in a row that must show the same before anything is done."""
-    sigmas: Positive = 3.0
-    """Standard errors, of differences on the same prompts, beyond which a change is no chance, over many looks."""
-    share: Fraction = 0.25
+    share: Fraction = 0.5
     """Of what the score has gained since gold was best, so much must have arrived in gold, each in its standard
     deviations at the start; 0 waits until gold falls."""
+    tolerance: NonNegative = 0.2
+    """How far gold may stay behind that, in the same standard deviations."""
+    sigmas: Positive = 2.0
+    """Standard errors, of differences on the same prompts, by which each alarm's limit must be passed."""
     kl_budget: Positive | None = None
     """Nats per completion on the held-out prompts; null: any."""
     length_factor: Annotated[float, Field(gt=1)] | None = 1.75

@@ -99,6 +99,17 @@ def test_a_score_that_gold_does_not_follow_is_enough():
         assert judged(Settings(), [look(n, rng, score=s, gold=0.5 * s) for n, s in enumerate(scores)]).acted is None
 
 
+def test_a_little_that_gold_stays_behind_is_tolerated():
+    """A fall by a tenth of a standard deviation, on every prompt, for a tenth more score: only who tolerates nothing
+    acts; one by half acts."""
+    rng = random.Random(0)
+    start, better = look(0, rng, count=64), look(1, rng, score=2.0, gold=2.0, count=64)
+    for fall, tolerance, acts in ((0.1, None, False), (0.1, 0.0, True), (0.5, None, True)):
+        last = Look(2, [s + 0.1 for s in better.score], better.kl, better.length, [g - fall for g in better.gold or []])
+        settings = Settings() if tolerance is None else Settings(tolerance=tolerance)
+        assert (judged(settings, [start, better, last]).acted is not None) is acts, (fall, tolerance)
+
+
 @pytest.mark.parametrize("patience", [1, 3])
 def test_patience_counts_looks_in_a_row(patience):
     """An alarm acts in the look in which it stands for the `patience`th time in a row; one that is gone starts anew."""
@@ -175,7 +186,7 @@ def test_a_guard_that_goes_on_decides_as_one_that_never_stopped(cut):
 def test_the_change_is_that_of_the_same_prompts():
     """By hand: what all prompts share cancels, so a fall of 0.1 on every prompt is certain."""
     level = [float(10 * n) for n in range(8)]
-    guard = Guard(Settings())
+    guard = Guard(Settings(tolerance=0))
     guard.judge(Look(0, level, [0.0] * 8, [5.0] * 8, level))
     figures = guard.judge(Look(1, level, [0.0] * 8, [5.0] * 8, [one - 0.1 for one in level]))
     assert figures["guard/change"] == pytest.approx(-0.1)
