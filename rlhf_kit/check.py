@@ -129,7 +129,7 @@ def _plan(recipe: Recipe, fetch: bool) -> Plan:
         problems += _special_token_problems(base, examples)
     if problems:
         raise InputError(problems)
-    notes = [*_leaks(recipe, examples), *_length_notes(too_long)]
+    notes = [*_leaks(recipe, examples), *_watched_twice(recipe, examples), *_length_notes(too_long)]
     return Plan(recipe, examples, artefacts, _lines(recipe, base, cards, examples, artefacts), notes)
 
 
@@ -575,6 +575,23 @@ def _leaks(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Iterable[str]:
             both = len(heldout & {_texts(row.prompt) for row in examples[path].train})
             if both:
                 yield f"{both:,} of the {len(heldout):,} held-out prompts of {named(card)} are trained on in {path}"
+
+
+def _watched_twice(recipe: Recipe, examples: Mapping[Cards, Examples]) -> Iterable[str]:
+    """Tell of each stage that is watched on prompts of the closing table, which then flatters what the guard chose.
+
+    The table takes the first of the held-out prompts in their drawn order, the watch the last.
+    """
+    card = evaluation_card(recipe)
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, OnlineStage) and stage.watch is not None and stage.prompts == card and card in examples:
+            rows = len(prompts_of(examples[card]).heldout)
+            both = min(rows, stage.watch.count) + min(rows, recipe.evaluation.count) - rows
+            if both > 0:
+                yield (
+                    f"stages.{name}.watch and the closing table share {both:,} of the {rows:,} held-out prompts of "
+                    f"{named(card)}; hold out more, or lower watch.count or evaluation.count"
+                )
 
 
 def _millions(number: int) -> str:

@@ -29,7 +29,7 @@ def recipe(tmp_path):
         "prompts": str(prompts),
         "updates": 2,
         "watch": {"every": 1, "count": 9, "gold": "judge"},
-        "guard": {"action": "rollback", "kl_budget": 0.001, "sigmas": 0.1, "patience": 1},
+        "guard": {"action": "rollback", "kl_budget": 0.001, "sigmas": 0.1, "tolerance": 0, "patience": 1},
         "ptx": {"data": str(ptx), "batch_size": 3},
     }
     for name in ("sft", "reward", "judge"):

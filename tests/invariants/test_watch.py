@@ -128,7 +128,7 @@ def test_the_figures_are_those_of_the_completions(tmp_path):
 def test_each_action(tmp_path, action, capsys):
     """The guard acts on the gold score that falls: `stop` keeps the policy of that update, `rollback` the bytes of the
     best one, which an undisturbed run had after that update, and `warn` goes on to the end."""
-    guard = {"action": action, "patience": 1, "sigmas": 0.1, "length_factor": None}
+    guard = {"action": action, "patience": 1, "sigmas": 0.1, "tolerance": 0, "length_factor": None}
     job = make_job(tmp_path, **HACKED, guard=guard)
     outcome = ppo.run(job)
     told = outcome.extra["watch"]
@@ -176,7 +176,7 @@ def test_the_value_function_goes_back_with_the_policy(tmp_path):
 def test_a_watched_run_goes_on_bit_for_bit(tmp_path, looks):
     """Stopped before the guard acts, a run that is to roll back keeps the same policy and says the same of it; the best
     adapter is in the checkpoint."""
-    guard = {"action": "rollback", "patience": 2, "sigmas": 0.01, "length_factor": None}
+    guard = {"action": "rollback", "patience": 2, "sigmas": 0.01, "tolerance": 0, "length_factor": None}
     settings = {**HACKED, "guard": guard, "samples_every": 1}
     whole = make_job(tmp_path, **settings)
     told = ppo.run(whole).extra["watch"]
@@ -192,7 +192,7 @@ def test_a_watched_run_goes_on_bit_for_bit(tmp_path, looks):
 
 def test_a_run_that_was_stopped_when_the_guard_had_ended_it_makes_no_more_updates(tmp_path):
     """The checkpoint after the guard's last word ends the stage at once when it is gone on from."""
-    guard = {"action": "stop", "patience": 1, "sigmas": 0.5, "length_factor": None}
+    guard = {"action": "stop", "patience": 1, "sigmas": 0.5, "tolerance": 0, "length_factor": None}
     job = make_job(tmp_path, **HACKED, guard=guard)
     trainer = ppo.PPO(job)
     trainer.resume()

@@ -98,6 +98,16 @@ class TestPlan:
         notes = [line for line in check_recipe(load_recipe("recipe.yaml")) if line.startswith("note")]
         assert "note     1 of the 2 held-out prompts of asked.md are trained on in shown.md" in notes
 
+    def test_watched_on_the_closing_tables_prompts(self, workplace):
+        """Ten are held out and eight watched: a table of two has none of them, one of three has one."""
+        write_jsonl(workplace / "held.jsonl", [{"prompt": f"Where is hat {number}?"} for number in range(10)])
+        asked = Path("asked.md")
+        asked.write_text(asked.read_text().replace("asked.jsonl", "asked.jsonl\n  heldout: held.jsonl"))
+        for shown, shared in ((2, []), (3, ["1"]), (10, ["8"]), (300, ["8"])):
+            settings = ["stages.ppo.watch={count: 8}", f"evaluation.count={shown}"]
+            notes = [line for line in check_recipe(load_recipe("recipe.yaml", settings)) if "stages.ppo.watch" in line]
+            assert [note.partition(" share ")[2].partition(" of the 10 ")[0] for note in notes] == shared
+
     def test_it_imports_nothing_heavy(self, workplace):
         """Neither torch, transformers, datasets nor pandas is loaded, so that the answer comes at once."""
         code = (
