@@ -31,7 +31,7 @@ from rlhf_kit.metrics import progress, say
 from rlhf_kit.models import BASE, SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, PolicyStage, Recipe, RewardStage
-from rlhf_kit.rollout import of_like_length, sampled, scored_by_models
+from rlhf_kit.rollout import sampled, scored_by_models, scores_of
 from rlhf_kit.scorers import Written, call_function, load_function, scorer_of
 
 SHOWN_PROMPTS = 3
@@ -149,14 +149,8 @@ class Examination:
         if reward is None:
             return None
 
-        def in_pieces(size: int) -> list[float]:
-            scores = [0.0] * len(written.texts)
-            for piece in of_like_length(written.mask, range(len(scores)), size):
-                for row, score in zip(piece, reward(written.rows(piece)), strict=True):
-                    scores[row] = score
-            return scores
-
-        scores = self.pieces.whole(in_pieces)
+        raw = self.pieces.whole(lambda size: scores_of(reward.scorer, written, size))
+        scores = reward.normalised(raw)
         if not all(map(math.isfinite, scores)):
             raise InputError(f"{reward.name}: a held-out completion of {role} has a score that is NaN or infinite.")
         return scores

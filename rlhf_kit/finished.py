@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from rlhf_kit import artifacts, foreign, models
 from rlhf_kit.collate import TextFormat, load_text_format
@@ -32,7 +33,11 @@ class RewardModel:
 
     def __call__(self, written: Written) -> list[float]:
         """Return the normalised scores of some completions."""
-        return ((self.scorer(written) - self.mean) / self.std).tolist()
+        return self.normalised(self.scorer(written))
+
+    def normalised(self, raw: Tensor) -> list[float]:
+        """Return scores in this unit."""
+        return ((raw - self.mean) / self.std).tolist()
 
 
 class FinishedRun:

@@ -381,13 +381,11 @@ class ModelFolder:
         Other files may change without making it another model: a README, other formats of the weights, code that is not
         trusted. Names count, times and places do not: a copy of the same files has the same hash.
         """
-        files = {path for pattern in self._made_of for path in self.folder.glob(pattern) if path.is_file()}
-        return artifacts.hash_of({path.name: artifacts.sha256_of_file(path) for path in files})
-
-    @property
-    def _made_of(self) -> list[str]:
         small = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
-        return [*small, *(["*.py"] if self.trust_remote_code else []), *self.shards]
+        patterns = [*small, *(["*.py"] if self.trust_remote_code else [])]
+        files = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
+        files |= {self.folder / name for name in self.shards}
+        return artifacts.hash_of({path.name: artifacts.sha256_of_file(path) for path in files})
 
     @property
     def parameters(self) -> int:

@@ -48,6 +48,14 @@ def of_like_length(mask: Tensor, rows: Sequence[int], size: int, beside: int = 0
     return [[rows[number] for number in piece] for piece in pieces]
 
 
+def scores_of(scorer: Callable[[Written], Tensor], written: Written, microbatch: int) -> Tensor:
+    """Return the raw scores [B] of completions, at most `microbatch` of them, of like length, in a pass."""
+    scores = torch.zeros(len(written.texts), device=written.mask.device)
+    for rows in of_like_length(written.mask, range(len(scores)), microbatch):
+        scores[rows] = scorer(written.rows(rows))
+    return scores
+
+
 def logits_held(device: torch.device) -> int:
     """Return how many logits are held at a time."""
     return LOGITS.get(device.type, MOST_LOGITS)

@@ -27,7 +27,7 @@ from rlhf_kit.metrics import say
 from rlhf_kit.models import SharedBase
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Guard as GuardSettings
-from rlhf_kit.rollout import of_like_length, sampled, scored_by_models
+from rlhf_kit.rollout import sampled, scored_by_models, scores_of
 from rlhf_kit.scorers import Scorer, Written
 
 
@@ -141,14 +141,9 @@ class Watch:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _scores(self, scorer: Scorer, unit: tuple[float, float], written: Written) -> list[float]:
-        def in_pieces(size: int) -> Tensor:
-            scores = torch.zeros(len(written.texts), device=self.shared.device)
-            for piece in of_like_length(written.mask, range(len(scores)), size):
-                scores[piece] = scorer(written.rows(piece))
-            return scores
-
         mean, std = unit
-        return ((self.microbatch.whole(in_pieces).double() - mean) / std).tolist()
+        scores = self.microbatch.whole(lambda size: scores_of(scorer, written, size))
+        return ((scores.double() - mean) / std).tolist()
 
     def _require_finite(self, rows: Sequence[Mapping[str, Any]], done: int) -> None:
         for row in rows:

@@ -51,6 +51,7 @@ from rlhf_kit.rollout import (
     of_like_length,
     sampled,
     scored_by_models,
+    scores_of,
 )
 from rlhf_kit.scorers import (
     SUMMATION_TOLERANCE,
@@ -480,8 +481,9 @@ class PPO:
         lost: list[NotScored] = []
 
         def scored(size: int) -> Tensor:
+            self.ensemble_std = []
             try:
-                return self._scored_in_pieces(written, size)
+                return scores_of(self._scored, written, size)
             except NotScored as error:
                 lost.append(error)
                 return torch.zeros(0)
@@ -491,13 +493,10 @@ class PPO:
             raise lost[0] if lost else NotScored(f"reward: {self.settings.reward}: gave another process no scores.")
         return scores
 
-    def _scored_in_pieces(self, written: Written, size: int) -> Tensor:
-        scores = torch.zeros(len(written.texts), device=self.shared.device)
-        self.ensemble_std = []
-        for piece in of_like_length(written.mask, range(len(scores)), size):
-            scores[piece] = self.scorer(written.rows(piece))
-            if isinstance(self.scorer, AdapterScorer) and len(self.scorer.roles) > 1:
-                self.ensemble_std.append(self.scorer.last_std.sum())
+    def _scored(self, written: Written) -> Tensor:
+        scores = self.scorer(written)
+        if isinstance(self.scorer, AdapterScorer) and len(self.scorer.roles) > 1:
+            self.ensemble_std.append(self.scorer.last_std.sum())
         return scores
 
     def _scored_by_models(self, rollout: Rollout) -> dict[str, Tensor]:

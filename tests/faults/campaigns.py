@@ -16,8 +16,14 @@ from pathlib import Path
 from rlhf_kit import artifacts
 from tests.faults.harness import Ended, Server, left
 
+
+def checkpoints(stages: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the settings by which stages keep a checkpoint of every step."""
+    return tuple(f"stages.{stage}.checkpoint_every.updates=1" for stage in stages)
+
+
 STAGES = ("sft", "reward", "ppo")
-CHECKPOINTS = tuple(f"stages.{stage}.checkpoint_every.updates=1" for stage in STAGES)
+CHECKPOINTS = checkpoints(STAGES)
 SHORT = (*CHECKPOINTS, "stages.sft.max_steps=3", "stages.reward.max_steps=3", "stages.ppo.updates=2")
 KILLS_A_RUN = 5
 ENDS = (0, 75, 1, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
@@ -32,7 +38,16 @@ def undisturbed(server: Server, recipe: Path, out: Path, settings: tuple[str, ..
     return ended
 
 
-def kills(server: Server, recipe: Path, folder: Path, *, seed: int, at_least: int, processes: int = 1) -> int:
+def kills(
+    server: Server,
+    recipe: Path,
+    folder: Path,
+    *,
+    seed: int,
+    at_least: int,
+    processes: int = 1,
+    stages: tuple[str, ...] = STAGES,
+) -> int:
     """Kill runs at random moments and in the middle of random writes; return how many kills nothing was lost by.
 
     Every run is killed up to KILLS_A_RUN times, then left alone, and compared with one that never was.
@@ -40,15 +55,16 @@ def kills(server: Server, recipe: Path, folder: Path, *, seed: int, at_least: in
     Raises:
         AssertionError: something was lost, or a user would have read a stack trace.
     """
-    whole = undisturbed(server, recipe, folder / "whole", CHECKPOINTS, processes)
-    expected = left(folder / "whole")
+    settings = checkpoints(stages)
+    whole = undisturbed(server, recipe, folder / "whole", settings, processes)
+    expected = left(folder / "whole", stages)
     draw, killed, runs = random.Random(seed), 0, 0
     while killed < at_least:
         out = folder / f"run{runs}"
         runs += 1
         operations = [operation.replace(f"{folder}/whole", str(out)) for operation in whole.operations]
         for _ in range(KILLS_A_RUN):
-            done = {name for name in STAGES if (out / name / artifacts.MANIFEST).is_file()}
+            done = {name for name in stages if (out / name / artifacts.MANIFEST).is_file()}
             ahead = [operation for operation in operations if not any(f"/{name}/" in operation for name in done)]
             number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             if draw.random() < 0.5:
@@ -60,15 +76,15 @@ def kills(server: Server, recipe: Path, folder: Path, *, seed: int, at_least: in
                 most = whole.seconds * len(ahead) / len(operations)
                 how = {"signal": number, "signal_after_s": draw.uniform(0.3, most)}
             only = draw.choice([None, 0, processes - 1])
-            ended = server.run(recipe, out, *CHECKPOINTS, processes=processes, only=only, **how)
+            ended = server.run(recipe, out, *settings, processes=processes, only=only, **how)
             assert all(code in ENDS for code in ended.codes), (how, ended.log[-3000:])
             # a process whose partner dies is told by the library that talked to it, with a stack trace
             assert processes > 1 or "Traceback" not in ended.log, (how, ended.log[-3000:])
             if ended.code == 0:
                 break
             killed += 1
-        undisturbed(server, recipe, out, CHECKPOINTS, processes)
-        assert left(out) == expected, f"{out}: not what an undisturbed run leaves"
+        undisturbed(server, recipe, out, settings, processes)
+        assert left(out, stages) == expected, f"{out}: not what an undisturbed run leaves"
     return killed
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from tests.end_to_end import chain
+from tests.end_to_end.test_baselines import write_recipe
 from tests.faults import campaigns
 
 
@@ -18,6 +20,22 @@ def recipe(tmp_path_factory):
 def test_killed_at_any_moment(server, recipe, tmp_path, processes, at_least):
     """Killed again and again, by signals at random moments and in the middle of random writes, nothing is lost."""
     assert campaigns.kills(server, recipe, tmp_path, seed=processes, at_least=at_least, processes=processes) >= at_least
+
+
+def test_other_kinds_killed_at_any_moment(server, tmp_path):
+    """So do a PPO stage that is watched, guarded and reads texts beside, DPO, RLOO and rejection sampling."""
+    recipe = write_recipe(tmp_path, drop=("kto", "grpo"))
+    content = yaml.safe_load(recipe.read_text())
+    shown = content["stages"]["sft"]["data"]
+    content["stages"]["ppo"] |= {
+        "updates": 3,
+        "watch": {"every": 1, "count": 8},
+        "guard": {"action": "rollback", "kl_budget": 5},
+        "ptx": {"data": shown, "coef": 0.1},
+    }
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    stages = tuple(content["stages"])
+    assert campaigns.kills(server, recipe, tmp_path, seed=3, at_least=12, stages=stages) >= 12
 
 
 @pytest.mark.parametrize("fault", ["disk full", "killed"])
