@@ -307,7 +307,7 @@ class PTX(Settings):
 
     data: Text
     """A data card of kind text, or of demonstrations, whose completions are then learnt."""
-    coef: Positive = 1.0
+    coef: Positive = 0.5
     """Weight of the loss on these texts, in nats per token, beside the policy loss."""
     batch_size: Count = 32
     """Texts per optimizer step, over all processes."""
