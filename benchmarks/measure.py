@@ -40,10 +40,11 @@ def rlhf_kit(*words: str, log: Path | None = None) -> None:
             subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def run_stage(out: Path, stage: str, *settings: str, recipe: str = "recipes/quickstart.yaml") -> dict[str, Any]:
-    """Run one stage of a recipe into `out` unless it is finished; return its manifest."""
+def run_stage(out: Path, stage: str, *settings: str) -> dict[str, Any]:
+    """Run one stage of the quickstart into `out` unless it is finished; return its manifest."""
     chosen = [word for setting in settings for word in ("--set", setting)]
-    rlhf_kit("run", recipe, "--out", str(out), "--only", stage, *chosen, log=out.with_name(f"{out.name}.log"))
+    log = out.with_name(f"{out.name}.log")
+    rlhf_kit("run", "recipes/quickstart.yaml", "--out", str(out), "--only", stage, *chosen, log=log)
     return json.loads((out / stage / "manifest.json").read_text())
 
 
