@@ -224,7 +224,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
     tiny.make_checkpoint(tmp_path / "wide", hidden_size=96)
     base = roles.base_settings(tmp_path / "wide", "none")
     model = models.load_base(base, load_text_format(base), Accelerator(cpu=True))
-    models._content_hash.cache_clear()
+    models._content.cache_clear()
     with pytest.raises(InputError, match="another base"):
         models.add_adapter(model, roles.ADAPTER, "CAUSAL_LM", init=tmp_path / "sft", seed=0, base=base)
 

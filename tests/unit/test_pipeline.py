@@ -104,7 +104,7 @@ class TestSkipping:
         """Other weights in the same folder are another base."""
         world.run()
         tiny.make_checkpoint(world.recipe.parent / "model", seed=1)
-        pipeline.models._content_hash.cache_clear()  # a process takes a base to stay as it is
+        pipeline.models._content.cache_clear()  # a process takes a base to stay as it is
         assert world.run() == ALL
 
     def test_a_setting_that_changes_no_result_runs_nothing(self, world):
