@@ -25,6 +25,8 @@ def test_killed_at_any_moment(server, recipe, tmp_path, processes, at_least):
 def test_other_kinds_killed_at_any_moment(server, tmp_path):
     """So do a PPO stage that is watched, guarded and reads texts beside, DPO, RLOO and rejection sampling."""
     recipe = write_recipe(tmp_path, drop=("kto", "grpo"))
+    asked = tmp_path / "asked.md"
+    asked.write_text(asked.read_text().replace("heldout: 0.2", "heldout: 0.4"))
     content = yaml.safe_load(recipe.read_text())
     shown = content["stages"]["sft"]["data"]
     content["stages"]["ppo"] |= {
