@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,12 +228,14 @@ def tracking(
     accelerator.project_configuration.logging_dir = str(folder)
     flat = {key: v if isinstance(v, bool | int | float | str) else json.dumps(v) for key, v in settings.items()}
     run_names = {"wandb": {"name": stage}, "trackio": {"name": stage}, "mlflow": {"run_name": stage}}
-    accelerator.init_trackers(project, config=flat, init_kwargs=run_names)
+    with redirect_stdout(sys.stderr):  # trackio greets there
+        accelerator.init_trackers(project, config=flat, init_kwargs=run_names)
     try:
         yield
     finally:  # not accelerator.end_training(): that also ends the process group, and more stages may follow
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for tracker in accelerator.trackers:
+                tracker.finish()
         accelerator.trackers.clear()
 
 

@@ -234,6 +234,29 @@ def test_a_tracker_that_is_not_installed_is_an_input_error(tmp_path, monkeypatch
         pass
 
 
+def test_what_a_tracker_prints_is_no_result(tmp_path, capsys, monkeypatch):
+    """Greetings and goodbyes go to stderr, whatever the tracker's own choice."""
+    from accelerate import Accelerator
+    from accelerate import tracking as accelerate_tracking
+    from accelerate.utils import LoggerType
+
+    class Talkative:
+        def finish(self):
+            print("bye")
+
+    def greet(*_, **__):
+        print("hello")
+        accelerator.trackers.append(Talkative())
+
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerate_tracking, "filter_trackers", lambda names, **_: [LoggerType(name) for name in names])
+    monkeypatch.setattr(accelerator, "init_trackers", greet)
+    with tracking(accelerator, ["trackio"], project="p", stage="ppo", folder=tmp_path, settings={}):
+        print("result")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("result\n", "hello\nbye\n")
+
+
 def test_peak_memory_is_in_bytes():
     """A Python process with these tests loaded holds between 20 MB and 50 GB: neither KiB nor MB."""
     assert 20e6 < peak_bytes() < 50e9
