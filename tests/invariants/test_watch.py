@@ -157,6 +157,7 @@ def test_each_action(tmp_path, action, capsys):
         trainer.save()
         expected = weights(plain)
     assert same(expected, weights(job))
+    assert (job.folder / "value").is_dir()
 
 
 def test_the_value_function_goes_back_with_the_policy(tmp_path):
