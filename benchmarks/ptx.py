@@ -24,7 +24,9 @@ from typing import Any
 from guard import examples_of
 from measure import arguments, print_table, run_stage, write
 
-DEFAULT = 0.5  # of the recipe
+from rlhf_kit.recipe import PTX
+
+DEFAULT: float = PTX.model_fields["coef"].default
 LIMITS = {"perplexity": 1.02, "kept": 0.85}
 TEXTS = 2400
 PROMPTS = 256
