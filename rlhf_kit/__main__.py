@@ -6,6 +6,7 @@ torch and what needs it are imported inside the verbs, so that `--help` and `che
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -70,6 +71,31 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
         print(line)
 
 
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+) -> None:
+    """Tell what each stage will take in memory and time on this machine. Loads no model; takes seconds."""
+    from rich.console import Console
+
+    from rlhf_kit.forecast import forecast, print_forecast
+    from rlhf_kit.recipe import load_recipe
+
+    _check_json_file(json_file)
+    read = load_recipe(recipe, overrides or [])
+    found = forecast(read)
+    print_forecast(read, found, Console(highlight=False))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def _check_json_file(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError(f"--json {path}: {'is a folder' if path.is_dir() else 'there is no such folder'}.")
+
+
 data = typer.Typer(name="data", help="Look at data before anything is trained on it.", no_args_is_help=True)
 app.add_typer(data)
 CardFile = Annotated[Path, typer.Argument(metavar="CARD", help="The data card, a Markdown file.")]
@@ -95,8 +121,7 @@ def check_data(
     from rlhf_kit.data_cards import load_card
 
     found_card = load_card(card, data_root)
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise InputError(f"--json {json_file}: {'is a folder' if json_file.is_dir() else 'there is no such folder'}.")
+    _check_json_file(json_file)
     measured = None
     if base is not None:
         from rlhf_kit import preview as previews

@@ -41,7 +41,7 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
         ("distinct_2", "distinct-2", 2),
     ]
     shown = [column for column in columns if all(column[0] in figures for figures in measured["systems"].values())]
-    table = _plain_table([f"{measured['prompts']['count']} prompts", *(head for _, head, _ in shown)])
+    table = plain_table([f"{measured['prompts']['count']} prompts", *(head for _, head, _ in shown)])
     text = measured["text"]
     if text is not None:
         table.add_column("perplexity", justify="right")
@@ -63,7 +63,7 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
     if best is not None:
         yield Text()
         heads = [key for key in ("gold", "score", "length") if key in best["points"][0]]
-        table = _plain_table([f"best of n of {best['of']}", "KL at most", *heads])
+        table = plain_table([f"best of n of {best['of']}", "KL at most", *heads])
         for point in best["points"]:
             table.add_row(str(point["n"]), f"{point['kl_bound']:.2f}", *(f"{point[key]:.2f}" for key in heads))
         yield table
@@ -71,7 +71,7 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
             yield Text(f"{name}: {frontier_line(place, best['samples'])}")
     if measured["tasks"]:
         yield Text()
-        table = _plain_table(["task", *measured["systems"]])
+        table = plain_table(["task", *measured["systems"]])
         for task, by_system in measured["tasks"].items():
             table.add_row(task, *(_accuracy(by_system.get(name, {})) for name in measured["systems"]))
         yield table
@@ -81,7 +81,7 @@ def _comparison(measured: Mapping[str, Any], folder: Path) -> Iterator[Renderabl
             f"\nreward model on {name}   {_percent(found['accuracy'])} of {found['pairs']} pairs, {low} to {high}"
         )
         for column, parts in found["slices"].items():
-            table = _plain_table([column, "accuracy", "95 % interval", "pairs"])
+            table = plain_table([column, "accuracy", "95 % interval", "pairs"])
             for part, rate in parts.items():
                 low, high = (_percent(end) for end in rate["accuracy_ci"])
                 table.add_row(part, _percent(rate["accuracy"]), f"{low} to {high}", str(rate["pairs"]))
@@ -100,7 +100,8 @@ def _accuracy(metrics: Mapping[str, float]) -> str:
     return f"{name} {metrics[name]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def _plain_table(heads: Sequence[str]) -> Table:
+def plain_table(heads: Sequence[str]) -> Table:
+    """Return a table without lines whose columns are numbers but for the first."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column(heads[0])
     for head in heads[1:]:

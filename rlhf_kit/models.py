@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +98,20 @@ def _opened(base: recipe.Base, *, weights: bool = True) -> Path:
     return opened(
         base.model, base.revision, setting="base.model", trust_remote_code=base.trust_remote_code, weights=weights
     )
+
+
+def without_weights(base: recipe.Base) -> PreTrainedModel:
+    """Return the causal language model of the recipe on the meta device: frozen, unquantised, shapes without numbers.
+
+    Raises:
+        InputError: transformers does not know this kind of model.
+    """
+    config = _config(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, base.dtype), trust_remote_code=base.trust_remote_code
+        )
+    return model.requires_grad_(False).eval()
 
 
 def _cannot_load(base: recipe.Base, error: Exception) -> InputError:
@@ -274,15 +288,7 @@ def add_adapter(
         config = _shaped_as(init, model, task)
         config.lora_dropout = adapter.dropout
     else:
-        config = LoraConfig(
-            task_type=TaskType(task),
-            r=adapter.r,
-            lora_alpha=adapter.alpha,
-            lora_dropout=adapter.dropout,
-            target_modules=adapter.target_modules
-            if isinstance(adapter.target_modules, str)
-            else list(adapter.target_modules),
-        )
+        config = lora_config(adapter, task)
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]):
         torch.manual_seed(seed)
         if task == "SEQ_CLS":
@@ -298,6 +304,18 @@ def add_adapter(
     if init is not None:
         _copy_lora(peft_model, "default", init, base)
     return peft_model
+
+
+def lora_config(adapter: recipe.Adapter, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
+    """Return the recipe's shape of an adapter as PEFT has it."""
+    targets = adapter.target_modules
+    return LoraConfig(
+        task_type=TaskType(task),
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
 
 
 def save_adapter(model: PeftModel, folder: Path, base: recipe.Base, role: str = "default") -> None:
@@ -389,14 +407,13 @@ def misfits(base: recipe.Base, artefact: Foreign) -> tuple[list[str], list[str]]
 
 
 def _unfitting(base: recipe.Base, artefact: Foreign) -> Iterator[str]:
-    config = _config(base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
-        try:
+    model = without_weights(base)
+    try:
+        with torch.device("meta"):
             peft_model = get_peft_model(model, _shaped_as(artefact.folder, model, "CAUSAL_LM"))
-        except ValueError as error:  # PEFT found none of the modules, or none that it can adapt
-            yield f"this adapter does not fit {base.model}: {first_line(error)}"
-            return
+    except ValueError as error:  # PEFT found none of the modules, or none that it can adapt
+        yield f"this adapter does not fit {base.model}: {first_line(error)}"
+        return
     header = safetensors_header(artefact.folder / ADAPTER_WEIGHTS)
     lora = {name: tensor["shape"] for name, tensor in header.items() if ".lora_" in name}
     if wrong := _unlike(_lora_weights(peft_model, "default"), lora):
@@ -445,7 +462,7 @@ class SharedBase:
         self._layers: list[BaseTunerLayer] = []
         self._trainable: dict[str, dict[str, nn.Parameter]] = {}
         self._active = BASE
-        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+        self._takes_positions = takes_positions(self.trunk)
         self.output_head = output_head(causal)
         """The base's own, which no role changes."""
 
@@ -471,9 +488,7 @@ class SharedBase:
             self.peft.add_adapter(role, config)
         heads = _copy_lora(self.peft, role, folder, self.base)
         self._layers = [module for module in self.causal.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in self._layers:
-            if isinstance(layer, LoraLayer) and role in layer.lora_A and isinstance(layer.lora_A[role], nn.Linear):
-                layer.forward = types.MethodType(_adapted, layer)
+        adapt_in_few_passes(self._layers, role)
         for name, parameter in self.peft.named_parameters():
             if re.search(rf"\.lora_\w+\.{re.escape(role)}(\.weight)?$", name):
                 parameter.requires_grad_(trainable)
@@ -542,6 +557,18 @@ class SharedBase:
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
 
 
+def takes_positions(trunk: nn.Module) -> bool:
+    """Return whether a trunk is told the position of each token."""
+    return "position_ids" in inspect.signature(trunk.forward).parameters
+
+
+def adapt_in_few_passes(layers: Iterable[nn.Module], role: str) -> None:
+    """Give those layers that have a linear adapter of a role the forward pass of `_adapted`."""
+    for layer in layers:
+        if isinstance(layer, LoraLayer) and role in layer.lora_A and isinstance(layer.lora_A[role], nn.Linear):
+            layer.forward = types.MethodType(_adapted, layer)
+
+
 def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
     """The forward pass of a linear layer with the active role's adapter: W x + scaling B A x.
 
@@ -567,7 +594,7 @@ def output_head(causal: PreTrainedModel) -> OutputHead:
     ids = torch.arange(8, device=causal.device).unsqueeze(0) % causal.config.get_text_config().vocab_size
     layer = causal.get_output_embeddings()
     if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
-        head = _plain_head(causal, layer)
+        head = plain_head(causal, layer)
         with torch.no_grad():
             whole = causal(input_ids=ids, use_cache=False).logits[0]
             trunk = getattr(causal, causal.base_model_prefix)
@@ -580,7 +607,7 @@ def output_head(causal: PreTrainedModel) -> OutputHead:
     )
 
 
-def _plain_head(causal: PreTrainedModel, layer: nn.Linear) -> OutputHead:
+def plain_head(causal: PreTrainedModel, layer: nn.Linear) -> OutputHead:
     """Return the output head with what the architecture does to its result: Gemma caps, Cohere and Granite scale."""
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "rlhf_kit"
 FLOORS = (  # from the ground up; a module imports from its own floor or from below, and never in a circle
     {"errors", "memory"},
     {"marked_yaml", "settings", "columns"},
-    {"recipe", "maths", "artifacts"},
+    {"recipe", "maths", "artifacts", "rehearsal"},
     {"data_cards", "model_folders"},
     {"data_files", "foreign"},
     {"examples", "batches", "chat_templates"},
@@ -25,13 +25,14 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces", "remote_reward"},
     {"rollout", "evaluation", "training", "preview", "finished", "repeat", "watch", "ptx"},
-    {"supervised"},
+    {"supervised", "passes"},
     {"sampling", "merge", "model_card", "judges", "benchmark_tasks"},
     {"comparison"},
     {"publish"},
     {"chat", "serving"},
     {"stages"},
     {"report", "closing", "quickstart"},
+    {"forecast"},
     {"pipeline"},
     {"__main__", ""},  # "" is the package's own __init__
 )

@@ -1,0 +1,143 @@
+"""The base of a recipe without weights, and what passes through it take on a device.
+
+Everything here happens on the meta device (rehearsal.py): the same trunk, adapters, log-probabilities and sampling as
+in a run, and not one weight.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_kit import models
+from rlhf_kit.errors import InputError, first_line
+from rlhf_kit.maths.logprobs import inverse_cdf, tempered, token_logprobs
+from rlhf_kit.recipe import Base, Recipe
+from rlhf_kit.rehearsal import Machine, rehearsing
+from rlhf_kit.rollout import logits_held
+
+FLOAT = 4
+"""Bytes of a number of an adapter, whatever the base is in."""
+
+
+class Pass(NamedTuple):
+    """What one pass through the base takes."""
+
+    seconds: float
+    bytes: float
+    """The most that is alive at a time, besides weights."""
+
+
+class Passes:
+    """The base without weights, one adapter on it, and what passes through them take on a device."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.base, self.device = recipe.base, device
+        causal = models.without_weights(recipe.base)
+        self.config = causal.config.get_text_config()
+        self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
+        self.takes_positions = models.takes_positions(self.trunk)
+        self.head = models.plain_head(causal, causal.get_output_embeddings())
+        self.bytes = self._bytes_of_base(causal)
+        with torch.device("meta"):
+            try:
+                adapted = get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()
+            except ValueError as error:
+                raise InputError(f"adapter.target_modules: {first_line(error)}") from error
+        models.adapt_in_few_passes(causal.modules(), "default")
+        lora = (parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
+        self.adapter_bytes = FLOAT * sum(lora)
+        inputs, outputs = self.largest
+        layer = _layer(recipe.base, inputs, outputs, device)
+        self.machine = Machine.measured(layer, inputs, outputs, device, getattr(torch, recipe.base.dtype))
+        self.read, self.learn, self.sample = cache(self._read), cache(self._learn), cache(self._sample)
+
+    def _bytes_of_base(self, causal: nn.Module) -> int:
+        """Return the bytes of the base's weights as they are quantised: all linear layers but the output head's."""
+        layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
+        self.largest = max((_ends(layer) for layer in layers), key=math.prod)
+        total = sum(parameter.nbytes for parameter in causal.parameters())  # tied ones once
+        if self.base.quantization == "none":
+            return total
+        others = total - sum(layer.weight.nbytes for layer in layers)
+        weights, outputs = sum(layer.weight.numel() for layer in layers), sum(_ends(layer)[1] for layer in layers)
+        if self.base.quantization == "8bit":
+            return others + weights + FLOAT * outputs  # a scale for each output
+        return others + weights * 9 // 16  # half a byte, and a float32 for 64 weights
+
+    def _states(self, rows: int, tokens: int, past: Any = None, before: int = 0, *, keep: bool = False) -> Any:
+        """What the trunk makes of [rows, tokens]. past: keys and values of the `before` tokens that came before.
+        keep: it is to return such.
+        """
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+        mask = torch.ones(rows, 1, tokens, before + tokens, dtype=torch.bool, device="meta")
+        positions = {"position_ids": ids} if self.takes_positions else {}
+        use_cache = keep or past is not None
+        return self.trunk(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=use_cache, **positions)
+
+    def _logprobs(self, states: Tensor, predicted: int) -> Tensor:
+        """Log-probabilities of the last `predicted` tokens of each row."""
+        hidden = states[:, -predicted:].flatten(0, 1)
+        ids = torch.zeros(len(hidden), dtype=torch.long, device="meta")
+        return token_logprobs(hidden, self.head, ids, 1.0, logits_held(self.device))
+
+    @torch.no_grad()
+    def _read(self, rows: int, tokens: int, predicted: int = 0) -> Pass:
+        """A forward pass of [rows, tokens], and the log-probabilities of the last `predicted` tokens of each row."""
+        with rehearsing(self.machine) as seen:
+            states = self._states(rows, tokens).last_hidden_state
+            if predicted:
+                self._logprobs(states, predicted)
+        return Pass(seen.seconds, seen.peak)
+
+    def _learn(self, rows: int, tokens: int, predicted: int = 0, *, checkpointed: bool = False) -> Pass:
+        """The same and the way back. checkpointed: layers are computed again on the way back, and keep their inputs."""
+        with rehearsing(self.machine) as seen:
+            states = self._states(rows, tokens).last_hidden_state
+            (self._logprobs(states, predicted) if predicted else states).sum().backward()
+        if not checkpointed:
+            return Pass(seen.seconds, seen.peak)
+        layers, inputs = self.config.num_hidden_layers, rows * tokens * self.config.hidden_size * states.element_size()
+        return Pass(seen.seconds + self.read(rows, tokens).seconds, layers * inputs + seen.peak / layers)
+
+    @torch.no_grad()
+    def _sample(self, rows: int, prompt: int, new: int) -> Pass:
+        """`new` tokens for each of `rows` prompts, none of which ends before."""
+        with rehearsing(self.machine) as reading:
+            self._states(rows, prompt, keep=True)
+        with rehearsing(self.machine) as seen:
+            middle = prompt + new // 2
+            past = self._states(rows, middle, keep=True).past_key_values
+            kept, before = seen.alive, seen.seconds
+            states = self._states(rows, 1, past, middle).last_hidden_state
+            probabilities = tempered(self.head(states[:, -1]), 1.0).softmax(-1)
+            inverse_cdf(probabilities, torch.zeros(rows, device="meta"))
+        at_the_end = kept * (prompt + new) / middle + 2 * probabilities.nbytes  # and the logits beside them
+        return Pass(reading.seconds + new * (seen.seconds - before), max(reading.peak, at_the_end))
+
+
+def _ends(layer: nn.Module) -> tuple[int, int]:
+    """Return a linear layer's inputs and outputs."""
+    outputs, inputs = layer.get_parameter("weight").shape
+    return (outputs, inputs) if isinstance(layer, Conv1D) else (inputs, outputs)
+
+
+def _layer(base: Base, inputs: int, outputs: int, device: torch.device) -> nn.Module:
+    """Return a linear layer that is there, in the precision of the base."""
+    dtype = getattr(torch, base.dtype)
+    if base.quantization == "none":
+        layer: nn.Module = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+    else:
+        import bitsandbytes as bnb
+
+        if base.quantization == "8bit":
+            layer = bnb.nn.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False, threshold=0.0)
+        else:
+            layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4")
+    return layer.to(device).eval().requires_grad_(False)
