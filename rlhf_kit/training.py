@@ -34,6 +34,7 @@ from transformers import (
 from rlhf_kit import artifacts, checkpoints, distributed
 from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.generation import derived_seed, seed_generators
+from rlhf_kit.gradients import Gradients
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
 from rlhf_kit.pieces import Pieces
@@ -167,6 +168,7 @@ class Training:
             for name, parameter in self.parameters.items():
                 parameter.data = self._values[name]  # trl's has cast those of quantised models to bfloat16
         self._values = {}
+        self.gradients = Gradients(self.parameters)
         settings = self.settings
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -291,7 +293,7 @@ class Watched(Trainer, ABC):
         return loss * self.accelerator.num_processes if taken else torch.zeros_like(loss)  # NaN stays in a running sum
 
     def _gradients(self, rows: Sequence[Mapping[str, Any]], size: int, tokens: Tensor) -> Tensor:
-        self.model.zero_grad(set_to_none=True)  # what pieces that ran out of memory left
+        self.training.gradients.start()
         loss = torch.zeros((), device=self.accelerator.device)
         for microbatch in self.microbatches(rows, size):
             part = self.part(microbatch, tokens)

@@ -35,6 +35,7 @@ from rlhf_kit.collate import tokenise_demonstrations, tokenise_prompts
 from rlhf_kit.errors import Diverged, InputError, Interrupted, NotScored
 from rlhf_kit.examples import prompts_of
 from rlhf_kit.generation import derived_seed, seed_generators, uniforms
+from rlhf_kit.gradients import Gradients
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say, track_samples
@@ -301,6 +302,7 @@ class PPO:
                 settings.epochs / self.value_epochs if own_passes else 1
             )
         self.parameters = self.shared.trainable()
+        self.gradients = Gradients(self.parameters)
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             rate = value_rate if name.startswith(f"{VALUE}/") else settings.learning_rate
@@ -635,7 +637,7 @@ class PPO:
         """
 
         def in_pieces(size: int) -> tuple[Tensor, Tensor, float, Tensor]:
-            self.optimizer.zero_grad(set_to_none=True)  # what pieces that ran out of memory left
+            self.gradients.start(self._learning(with_value))
             policy_sums, value_sums = (torch.zeros(n, dtype=torch.float64, device=self.shared.device) for n in (3, 2))
             largest = 0.0
             for piece in of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1]):
@@ -681,9 +683,10 @@ class PPO:
         if not with_value or settings is None:
             loss.backward()
             return policy_figures, policy_figures.new_zeros(2), ratio_error
-        if settings.value == "adapter":  # it has a graph of its own; the policy's makes room for it
+        if settings.value == "adapter":  # it has a graph of its own, for which all of the policy's makes room
             loss.backward()
-            loss = torch.zeros_like(loss)
+            loss, states = torch.zeros_like(loss), torch.empty(0)
+            del logprobs, losses, clipped
         values = self.value(rollout, states)
         losses, clipped = ppo.value_loss(values, rollout.values, returns, settings.value_clip)
         (loss + settings.value_coef * masking.masked_mean(losses, mask, tokens)).backward()
@@ -702,14 +705,16 @@ class PPO:
             losses = losses + self.kl_control.coef * kl.kl_k3(logprobs, rollout.reference_logprobs)
         return losses, clipped
 
+    def _learning(self, with_value: bool) -> list[str]:
+        """Return the names of the parameters that learn, with the value function's or without."""
+        return [name for name in self.parameters if with_value or not name.startswith(f"{VALUE}/")]
+
     def _step(self, update: int, with_value: bool) -> float:
         """Take one optimizer step with the gradients of all processes; return their norm before clipping.
 
         A step with a gradient that is not finite is not taken if the recipe says so; its norm counts as 0.
         """
-        parameters = [
-            parameter for name, parameter in self.parameters.items() if with_value or not name.startswith(f"{VALUE}/")
-        ]
+        parameters = [self.parameters[name] for name in self._learning(with_value)]
         distributed.add_up_gradients(parameters, self.accelerator)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():
