@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -501,6 +502,7 @@ def _judgement_problems(raw: Mapping[str, Any], columns: dict[str, Any], shape: 
         )
     elif raw.get("preferred") is not None and not named:
         yield ("rlhf_kit", "preferred"), "there is no column for it; map columns: {preferred: <their name>}"
+    yield from _meaning_problems(raw.get("preferred"), columns)
     if raw.get("votes") is not None and "preferred" not in columns:
         yield ("rlhf_kit", "votes"), "votes are counted in a column preferred, which is not mapped"
     if raw.get("votes") is not None and "margin" in columns:
@@ -517,6 +519,49 @@ def _judgement_problems(raw: Mapping[str, Any], columns: dict[str, Any], shape: 
             yield ("rlhf_kit", "margin_per_point"), "is of ratings, and no column is mapped to ratings"
         elif "margin" in columns:
             yield ("rlhf_kit", "columns", "margin"), "is mapped, and margin_per_point says it too; keep one"
+
+
+def _meaning_problems(preferred: Any, columns: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the values of a column that have two meanings; and a strength as margin that has none by its sign."""
+    written = preferred if isinstance(preferred, dict) else {}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in written.items()}
+    meanings = {name: lists[name] for name in Preferred.model_fields if name in lists}
+    for (one, values), (other, others) in combinations(meanings.items(), 2):
+        twice = [(value, again) for value in values for again in others if _overlap(value, again)]
+        if twice:
+            value, again = (str(match) for match in twice[0])
+            both = value if value == again else f"{value} and {again} have values in common, which"
+            at = ("rlhf_kit", "preferred", other)
+            yield at, f"{both} cannot mean {one} and {other}; write each value, and each range, so that it means one"
+    first, second = (list(map(_span, meanings.get(name, []))) for name in ("first", "second"))
+    signed = any(_beyond_zero(first, side) and _beyond_zero(second, -side) for side in (1, -1))
+    if "margin" in columns and columns["margin"] == columns.get("preferred") and not signed:
+        yield (
+            ("rlhf_kit", "columns", "margin"),
+            "is the column of preferred too, so its sign must say which one is better: of preferred.first and "
+            "preferred.second, one has the numbers above 0, the other those below",
+        )
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Return whether there is a cell that two values of `preferred` both match."""
+    spans = _span(one), _span(other)
+    if spans[0] and spans[1] and spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]:
+        return True
+    return str(one) == str(other)  # as cells of .csv files are matched
+
+
+def _span(value: Any) -> tuple[float, float] | None:
+    """Return the ends of a range, or of a number, which may be written as text."""
+    try:
+        return range_of(value) or (None if isinstance(value, bool) else (float(value), float(value)))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _beyond_zero(spans: Sequence[tuple[float, float] | None], side: int) -> bool:
+    """Return whether all numbers lie above 0 (side 1) or below it (side -1), or on it."""
+    return all(min(side * span[0], side * span[1]) >= 0 for span in spans if span)
 
 
 # ---------------------------------------------------------------- where the rows are

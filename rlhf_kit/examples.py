@@ -585,7 +585,7 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
     if "preferred" in card.columns:
         votes = read.cell("preferred", gaps=True)
         if not isinstance(votes, list):
-            yield read.vote(votes), read.annotator()
+            yield _agreed(read, votes, read.vote(votes), ratings), read.annotator()
             return
         if not votes:
             raise _Broken("no vote", f"{read.called('preferred')} is an empty list")
@@ -602,6 +602,7 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
             except _LeftOut:
                 read.votes_left_out += 1
                 continue
+            share = share if len(votes) > 1 else _agreed(read, vote, share, ratings)
             yield share, None if name in (None, "") or isinstance(name, list) else str(name)
         if read.votes_left_out == len(votes):
             raise _LeftOut("no vote that counts")
@@ -619,6 +620,18 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
         if ratings is not None and ratings[0] < ratings[1]:
             raise _Broken("chosen is rated lower", f"chosen is rated {ratings[0]:g} and rejected {ratings[1]:g}")
     yield probability, read.annotator()
+
+
+def _agreed(read: _Cells, vote: Any, share: float, ratings: list[float] | None) -> float:
+    """Return the share of a row's one vote, which may part equal ratings, but not contradict different ones."""
+    rated = 0.0 if ratings is None else ratings[0] - ratings[1]
+    if ratings is not None and rated and (share - 0.5) * rated <= 0:
+        raise _Broken(
+            "preferred and ratings disagree",
+            f"{read.called('preferred')} is {short(vote)}, and first is rated {ratings[0]:g}, second {ratings[1]:g}; "
+            "where the two need not agree, map only one of them",
+        )
+    return share
 
 
 def _counted_votes(rows: Iterable[Preference], votes: str, book: Book) -> Iterator[Preference]:
@@ -979,6 +992,14 @@ class _Cells:
             margin = float("nan")
         if margin is not None and not abs(margin) < float("inf"):
             raise _Broken("margin is no number", f"{self.called('margin')} must be a number; seen {short(cell)}")
+        if margin is not None and self.card.columns["margin"] == self.card.columns.get("preferred"):
+            return abs(margin)  # a strength, whose sign says which is better
+        if margin is not None and margin < 0:
+            raise _Broken(
+                "negative margin",
+                f"{self.called('margin')} says by how much the better one is better, 0 or more; seen {margin:g}. Of a "
+                "strength whose sign says which is better, map both margin and preferred to it",
+            )
         return margin
 
     def slices(self) -> dict[str, str]:

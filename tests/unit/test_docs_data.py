@@ -36,6 +36,9 @@ ROWS = {
     "PKU-Alignment/PKU-SafeRLHF": [{**TWO, "better_response_id": 0, "safer_response_id": 1}],
     "lmsys/chatbot_arena_conversations": [{**ARENA, "winner": "tie"}],
     "preference.jsonl.gz": [{**TWO, "preference_strength": -2}],
+    "nvidia/HelpSteer3": [
+        {"context": [user("Q")], "response1": "a", "response2": "b", "overall_preference": n} for n in (-3, 0, 2)
+    ],
     "argilla.json": [
         {
             "fields": {"prompt": "Q", "response1": "a", "response2": "b"},

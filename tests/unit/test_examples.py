@@ -224,6 +224,7 @@ class TestRules:
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "much"}, "margin is no number"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": True}, "margin is no number"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is no number"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "-2"}, "negative margin"),
         ],
     )
     def test_error_or_counted(self, here, row, reason):

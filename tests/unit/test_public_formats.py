@@ -258,6 +258,29 @@ class TestPairs:
         with pytest.raises(InputError, match="3 votes; write votes: majority or votes: probability"):
             load([row], **block)
 
+    def test_a_strength_with_a_sign_is_the_margin(self):
+        """HelpSteer3: -3 is as strong as 3; where margin is another column than preferred, it has no sign."""
+        row = {"context": [user("Q")], "response1": "a", "response2": "b"}
+        rows = [{**row, "overall_preference": strength} for strength in (-3, 2, 0)]
+        columns = {"prompt": "context", "first": "response1", "second": "response2", "preferred": "overall_preference"}
+        block = {"kind": "preferences", "preferred": {"first": "-3..-1", "second": "1..3", "tie": 0}}
+        found = load(rows, columns={**columns, "margin": "overall_preference"}, **block).train
+        assert [(row.chosen, row.margin) for row in found] == [("a", 3.0), ("b", 2.0), ("a", 0.0)]
+        with pytest.raises(InputError, match=r"margin \(column points\) says by how much .* seen -3"):
+            load([{**rows[0], "points": -3}], columns={**columns, "margin": "points"}, **block)
+
+    def test_a_vote_and_ratings_that_disagree(self):
+        """Are an error of the row, also of a tie; a vote may part equal ratings, and of many votes one may differ."""
+        row = {"prompt": "Q", "a": "x", "b": "y"}
+        columns = {"first": "a", "second": "b", "preferred": "vote", "ratings": ["s", "t"]}
+        block = {"kind": "preferences", "columns": columns, "preferred": {"first": 1, "second": 2, "tie": 0}}
+        for vote, s, t in ((1, 1, 5), (2, 5, 1), (0, 5, 1), ([1], 1, 5)):
+            with pytest.raises(InputError, match=rf"first is rated {s}, second {t}; where the two need not agree"):
+                load([{**row, "vote": vote, "s": s, "t": t}], **block)
+        agreed = [{**row, "vote": vote, "s": s, "t": t} for vote, s, t in ((1, 5, 1), (2, 3, 3), (0, 3, 3))]
+        assert [row.chosen for row in load(agreed, **block).train] == ["x", "y", "x"]
+        assert load([{**row, "vote": [1, 2, 2], "s": 5, "t": 1}], votes="majority", **block).train[0].chosen == "y"
+
     def test_distilabel_capybara(self):
         """Several turns, the last answers rated."""
         turns = [user("Q"), assistant("A"), user("R")]
