@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from rlhf_kit.columns import Expression, fault, template_columns
+from rlhf_kit.columns import Expression, fault, path_of, template_columns
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml
 from rlhf_kit.recipe import STAGE_KINDS
@@ -64,7 +64,7 @@ SHAPES: Mapping[str, tuple[Shape, ...]] = {
         Shape(("prompt", "first", "second"), ("margin", "annotator"), ("preferred", "ratings", "probability")),
     ),
     "rankings": (
-        Shape(("prompt", "completions"), ("annotator",), ("ranks", "ratings", "comparisons")),
+        Shape(("prompt", "completions"), ("annotator", "names"), ("ranks", "ratings", "comparisons", "ranked")),
         Shape(("prompt", "completion"), ("annotator",), ("rank", "rating")),
     ),
     "prompts": (Shape(("prompt",)),),
@@ -131,7 +131,7 @@ _RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}")
 def _column(written: Any) -> Any:
     if isinstance(written, list | dict):
         parts = written.values() if isinstance(written, dict) else written
-        if written and all(isinstance(part, str) and part for part in parts):
+        if written and (all(isinstance(part, str) and part for part in parts) or _are_numbers(written)):
             return written
         raise PydanticCustomError("unexpected", "{expected}", {"expected": "columns, written as text"})
     if isinstance(written, str) and written:
@@ -141,6 +141,12 @@ def _column(written: Any) -> Any:
         if written == ""
         else PydanticKnownError("string_type")
     )
+
+
+def _are_numbers(written: Any) -> bool:
+    """Return whether a column is a list of numbers, which are the same in each row."""
+    numbers = written if isinstance(written, list) else []
+    return numbers != [] and all(isinstance(part, int | float) and not isinstance(part, bool) for part in numbers)
 
 
 def _scale(written: Any) -> Any:
@@ -449,22 +455,40 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
             swapped = isinstance(theirs, str) and theirs in ours
             hint = f"; the order is ours: theirs, so {theirs}: {name}" if swapped else did_you_mean(name, ours)
             yield at, f"{kind} have no column {name}{with_others}{hint}"
-        elif isinstance(theirs, list) and name not in ("completions", "ranks", "ratings", "comparisons"):
+        elif isinstance(theirs, list) and name not in ("completions", "ranks", "ratings", "comparisons", "names"):
             yield at, "must be one column, or a template; seen a list"
+        elif _are_numbers(theirs) and name not in ("ranks", "names"):
+            yield at, "must be columns, written as text; numbers, the same in each row, are for ranks and names"
         elif isinstance(theirs, dict) and name != "prompt":
             yield at, "must be one column, or a template; seen a mapping"
         elif _is_written(theirs) and (wrong := fault(theirs)):
             yield at, f"{wrong}; seen {marked.seen(at)}"
-    judged = [name for name in columns if name in shape.judged and name != "ratings"]
-    if len(judged) > 1:
+    judged = [name for name in columns if name in shape.judged and (name != "ratings" or kind == "rankings")]
+    if len(judged) > 1 and set(judged) != {"ranked", "ranks"}:
         yield ("rlhf_kit", "columns", judged[1]), f"says again which is better, as {judged[0]} does; map one of them"
     if "first" in shape.needed and not columns.keys() & set(shape.judged) and raw.get("preferred") is None:
         yield ("rlhf_kit", "columns"), f"map one of {', '.join(shape.judged)}, which says which completion is better"
+    if "ranked" in columns and "names" not in columns and "completions" in shape.needed:
+        called = names_of(columns.get("completions"))
+        if called is None or len(set(called)) < len(called):
+            yield (
+                ("rlhf_kit", "columns", "ranked"),
+                "names completions, and nothing says what these are called; map names: their names in the order of "
+                'completions, such as "items[].id", or [0, 1, 2] where they are numbered',
+            )
+    if "names" in columns and "ranked" not in columns and "completions" in shape.needed:
+        yield ("rlhf_kit", "columns", "names"), "are what ranked has in order, which is not mapped"
     if raw.get("slices") and (kind not in ("preferences", "rankings") or raw.get("format") == "threads"):
         yield ("rlhf_kit", "slices"), "is for preferences and rankings, whose rows are comparisons"
     if isinstance(templates, dict) and templates:
         yield from _template_problems(templates, columns, shape, kind, marked)
     yield from _judgement_problems(raw, columns, shape)
+
+
+def names_of(completions: Any) -> list[str] | None:
+    """Return what completions are called that are listed by their columns, each as its path ends; None for others."""
+    ends = [path_of(part)[-1] for part in completions if isinstance(part, str)] if isinstance(completions, list) else []
+    return [str(end) for end in ends] if ends and all(isinstance(end, str) for end in ends) else None
 
 
 def _is_written(theirs: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
 from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
-from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, range_of
+from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, names_of, range_of
 from rlhf_kit.data_files import file_rows, hub_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
@@ -467,7 +467,7 @@ def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
         if name == "prompt" and name not in card.mapped and _is_dialogue(cells, card):
             continue
         problems.append(f"{where}: there is no {_no_column(card, name, missing[0], cells)}")
-    judged = [name for name in ("ranks", "ratings", "comparisons") if name in card.columns]
+    judged = [name for name in ("ranks", "ratings", "comparisons", "ranked") if name in card.columns]
     if card.kind == "rankings" and judged and not any(_has(card, name, cells) for name in judged):
         problems.append(
             f"{where}: there is no column ranks or ratings; map one in {card.path}: columns: {{ranks: <their name>}} "
@@ -707,6 +707,8 @@ def _ranking(read: _Cells) -> Ranking:
         shares = _shares(read, len(completions))
         ranks = _ranks(_wins(shares, len(completions)), best_is_high=True)
         read.ordered_draws = sum(share == 0.5 and ranks[one] != ranks[two] for (one, two), share in shares.items())
+    elif "ranked" in card.columns:
+        ranks = _ranks(_by_name(read, len(completions)), best_is_high=False)
     else:
         ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
     return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator(), card.margin_per_point)
@@ -731,6 +733,52 @@ def _ranks(numbers: Sequence[float], best_is_high: bool) -> list[float]:
     """Return 1 for the best and for each other one 1 more than there are better ones; equal numbers tie."""
     sign = 1 if best_is_high else -1
     return [1.0 + sum(sign * other > sign * number for other in numbers) for number in numbers]
+
+
+def _by_name(read: _Cells, count: int) -> list[float]:
+    """Return the rank of each completion, by its name in a list: that has ranks beside it, or is best first.
+
+    One name that is no list is the best one's; the others tie behind it.
+    """
+    names, cell = _names(read, count), read.cell("ranked")
+    ranked = [_name(read, name, names) for name in (cell if isinstance(cell, list) else [cell])]
+    with_ranks = "ranks" in read.card.columns
+    if not isinstance(cell, list) and not with_ranks:
+        return [float(name not in ranked) for name in names]
+    for name in names:
+        if (times := ranked.count(name)) != 1:
+            raise _Broken(
+                "not every completion ranked once",
+                f"{read.called('ranked')} must have each of {', '.join(map(short, names))} once; seen {short(name)} "
+                f"{times} times",
+            )
+    ranks = read.numbers("ranks", count) if with_ranks else list(map(float, range(count)))
+    return [ranks[ranked.index(name)] for name in names]
+
+
+def _names(read: _Cells, count: int) -> list[str]:
+    """Return what the completions are called, no two the same."""
+    cell: Any = read.cell("names") if "names" in read.card.columns else names_of(read.card.columns["completions"])
+    are_names = isinstance(cell, list) and all(isinstance(name, str | int | float) for name in cell)
+    if not are_names or len(cell) != count:
+        raise _Broken(
+            "not one of names for each completion",
+            f"{read.called('names')} must be a list of {count} names; seen {short(cell)}",
+        )
+    names = list(map(str, cell))
+    if len(set(names)) < count:
+        raise _Broken("equal names", f"{read.called('names')} must be different ones; seen {short(cell)}")
+    return names
+
+
+def _name(read: _Cells, cell: Any, names: Sequence[str]) -> str:
+    if not isinstance(cell, str | int | float) or str(cell) not in names:
+        raise _Broken(
+            "ranked by an unknown name",
+            f"{read.called('ranked')} has {short(cell)}, as no completion is called; known: "
+            + ", ".join(map(short, names)),
+        )
+    return str(cell)
 
 
 def _shares(read: _Cells, count: int) -> dict[tuple[int, int], float]:
@@ -956,7 +1004,7 @@ class _Cells:
         """Return a number, which may be written as text; of ratings one on the card's scale, true being 1."""
         try:
             number = float(cell) if isinstance(cell, str | int | float) else math.nan
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or (isinstance(cell, bool) and name not in ("rating", "ratings")):
             raise _Broken(f"{name} is no number", f"{self.called(name)} must be a number; seen {short(cell)}")
@@ -988,7 +1036,7 @@ class _Cells:
                 margin = None if cell in (None, "") else float("nan")
             else:
                 margin = float(cell)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             margin = float("nan")
         if margin is not None and not abs(margin) < float("inf"):
             raise _Broken("margin is no number", f"{self.called('margin')} must be a number; seen {short(cell)}")
@@ -1015,7 +1063,7 @@ class _Cells:
 
 
 def _written(expression: Any) -> str:
-    return expression if isinstance(expression, str) else ", ".join(columns_of(expression))
+    return expression if isinstance(expression, str) else ", ".join(columns_of(expression) or map(str, expression))
 
 
 def _is_within(value: Any, ranges: Sequence[Any]) -> bool:

@@ -210,6 +210,13 @@ class TestMessages:
             ({"format": "common_prefix", "kind": "demonstrations"}, "common_prefix is for preferences and not for"),
             ({"kind": "rankings", "columns": {"ranks": "r", "comparisons": "c"},
               "preferred": {"first": 0, "second": 1}}, "says again which is better, as ranks does"),
+            ({"kind": "rankings", "columns": {"ranks": "r", "ratings": "c"}}, "again which is better, as ranks does"),
+            ({"kind": "rankings", "columns": {"ranked": "r", "names": "n", "ratings": "c"}}, "as ranked does"),
+            ({"kind": "rankings", "columns": {"ranked": "r"}}, "nothing says what these are called; map names"),
+            ({"kind": "rankings", "columns": {"ranked": "r", "completions": ["a[0]", "b"]}}, "map names"),
+            ({"kind": "rankings", "columns": {"ranked": "r", "completions": ["a.text", "b.text"]}}, "map names"),
+            ({"kind": "rankings", "columns": {"ranks": "r", "names": "n"}}, "are what ranked has in order"),
+            ({"kind": "rankings", "columns": {"ratings": [1, 2]}}, "are for ranks and names"),
             ({"source": "x*.jsonl"}, "there is no file x*.jsonl"),
             ({"source": "../*/a.jsonl"}, "../*/a.jsonl leads out of the card's folder"),
         ],
@@ -310,14 +317,14 @@ def test_the_templates_examples_are_cards(here):
     keys = "columns preferred filters votes scale margin_per_point shared_prompts".split()
     blocks = [line.removeprefix("  # ") for line in lines if line.startswith(tuple(f"  # {key}: " for key in keys))]
     settings = [read_yaml(block, "TEMPLATE.md").value for block in blocks]
-    first, ratings, ranks, one_by_one = (s["columns"] for s in settings if "columns" in s)
+    first, ratings, ranks, one_by_one, by_name = (s["columns"] for s in settings if "columns" in s)
     rest = {key: value for s in settings if "columns" not in s for key, value in s.items()}
     common = {"source": "my_pairs.jsonl", "filters": rest["filters"], "shared_prompts": rest["shared_prompts"]}
     pairs = {"preferred": rest["preferred"], "votes": rest["votes"]}
     rated = {"scale": rest["scale"], "margin_per_point": rest["margin_per_point"]}
     for kind, columns, more in (
         ("preferences", first, pairs), ("preferences", ratings, rated), ("rankings", ranks, {}),
-        ("rankings", one_by_one, {"scale": rest["scale"]}),
+        ("rankings", one_by_one, {"scale": rest["scale"]}), ("rankings", by_name, {}),
     ):  # fmt: skip
         assert load_card(write({"kind": kind, "columns": columns, **common, **more})).mapped == set(columns)
 

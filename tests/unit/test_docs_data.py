@@ -51,6 +51,23 @@ ROWS = {
             "annotations": [{"result": [{"value": {"selected": side}}]} for side in ("left", "right", "left")],
         }
     ],
+    "argilla_ranking.json": [
+        {
+            "fields": {"prompt": "Q", "response-1": "a", "response-2": "b"},
+            "responses": {"ranking": [{"value": [{"value": f"response-{n}", "rank": 3 - n} for n in (2, 1)]}]},
+        }
+    ],
+    "label_studio_ranker.json": [formats.TestRankings.LABEL_STUDIO],
+    "allenai/reward-bench-2": [
+        {
+            "prompt": "Q",
+            "chosen": ["a"],
+            "rejected": ["b", "c", "d"],
+            "num_correct": 1,
+            "num_rejected": 3,
+            "subset": "Focus",
+        }
+    ],
     "openbmb/UltraFeedback": [ULTRA],
     "berkeley-nest/Nectar": [
         {

@@ -222,6 +222,7 @@ class TestRules:
             ({"prompt": "Q", "chosen": "a"}, "missing column"),
             ({"prompt": "Q\ud800", "chosen": "a", "rejected": "b"}, "text that is not Unicode"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "much"}, "margin is no number"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": 10**400}, "margin is no number"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": True}, "margin is no number"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is no number"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "-2"}, "negative margin"),

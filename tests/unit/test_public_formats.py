@@ -508,6 +508,95 @@ class TestRankings:
         with pytest.raises(InputError, match="must be 6 judgements"):
             load([{**row, "preference": [1]}], **block)
 
+    ANSWERS = {"prompt": "Q", "response-1": "a", "response-2": "b", "response-3": "c"}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("values", "ranks"),
+        [
+            ([("response-2", 1), ("response-3", 2), ("response-1", 3)], [3.0, 1.0, 2.0]),
+            ([("response-3", 1), ("response-1", 2), ("response-2", 2)], [2.0, 2.0, 1.0]),
+        ],
+    )
+    def test_argilla_rankings(self, values, ranks):
+        """Names in the order of their ranks, with the ranks beside them: version 1's export, and version 2's."""
+        said = [{"user_id": "u", "value": [{"value": name, "rank": rank} for name, rank in values]}]
+        names = ["response-1", "response-2", "response-3"]
+        one = load(
+            [{**self.ANSWERS, "ranking": said}],
+            kind="rankings",
+            columns={"completions": names, "ranked": "ranking[0].value[].value", "ranks": "ranking[0].value[].rank"},
+        )
+        two = load(
+            [{"fields": self.ANSWERS, "responses": {"ranking": said}}],
+            kind="rankings",
+            columns={
+                "prompt": "fields.prompt",
+                "completions": [f"fields.{name}" for name in names],
+                "ranked": "responses.ranking[0].value[].value",
+                "ranks": "responses.ranking[0].value[].rank",
+            },
+        )
+        assert one.train == two.train == [Ranking("Q", ["a", "b", "c"], ranks, "d.json:1")]
+
+    LABEL_STUDIO = {  # noqa: RUF012
+        "data": {"prompt": "Q", "items": [{"id": name, "title": name, "body": f"text {name}"} for name in "ABC"]},
+        "annotations": [{"result": [{"value": {"ranker": {"rank": ["B", "C", "A"]}}}]}],
+    }
+    RANKER = {  # noqa: RUF012
+        "prompt": "data.prompt",
+        "completions": "data.items[].body",
+        "names": "data.items[].id",
+        "ranked": "annotations[0].result[0].value.ranker.rank",
+    }
+
+    def test_label_studio_ranker(self):
+        """Names, best first."""
+        (row,) = load([self.LABEL_STUDIO], kind="rankings", columns=self.RANKER).train
+        assert row == Ranking("Q", ["text A", "text B", "text C"], [3.0, 1.0, 2.0], "d.json:1")
+
+    def test_numbers_as_names(self):
+        """Positions, from 0 or from 1 as the card says; one alone is the best, the others tie behind it."""
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c"], "order": [2, 0, 1], "best": 1}]
+        block = {"kind": "rankings", "columns": {"names": [0, 1, 2], "ranked": "order"}}
+        assert load(rows, **block).train[0].ranks == [2.0, 3.0, 1.0]
+        block["columns"]["ranked"] = "best"
+        assert load(rows, **block).train[0].ranks == [2.0, 1.0, 2.0]
+        block["columns"]["names"] = [1, 2, 3]
+        assert load(rows, **block).train[0].ranks == [1.0, 2.0, 2.0]
+
+    @pytest.mark.parametrize(
+        ("ranked", "names", "said"),
+        [
+            (["B", "A"], "ABC", "must have each of A, B, C once; seen C 0 times"),
+            (["B", "A", "C", "B"], "ABC", "must have each of A, B, C once; seen B 2 times"),
+            (["B", "A", "D"], "ABC", "has D, as no completion is called; known: A, B, C"),
+            (None, "ABC", r"has nothing \(null\), as no completion is called"),
+            (["B", "A"], "AB", "must be a list of 3 names; seen"),
+            (["B", "A"], "ABA", "must be different ones"),
+            (["B", "A"], ["A", "B", None], "must be a list of 3 names"),
+        ],
+    )
+    def test_names_that_do_not_fit(self, ranked, names, said):
+        """Are an error of the row: unknown, missing or twice, of the completions or in the ranking."""
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c"], "names": list(names), "ranked": ranked}]
+        with pytest.raises(InputError, match=said):
+            load(rows, kind="rankings", columns={"names": "names", "ranked": "ranked"})
+
+    def test_one_name_with_ranks(self):
+        """Ranks belong to a list of names, one for each."""
+        rows = [{"prompt": "Q", "a": "x", "b": "y", "ranked": "b", "ranks": [1, 2]}]
+        with pytest.raises(InputError, match="must have each of a, b once; seen a 0 times"):
+            load(rows, kind="rankings", columns={"completions": ["a", "b"], "ranked": "ranked", "ranks": "ranks"})
+
+    def test_rewardbench_2(self):
+        """One good answer and three bad ones: ranks that are the same in each row."""
+        row = {"prompt": "Q", "chosen": ["a"], "rejected": ["b", "c", "d"]}
+        columns = {"completions": ["chosen[0]", *(f"rejected[{n}]" for n in range(3))], "ranks": [1, 2, 2, 2]}
+        (found,) = load([row], kind="rankings", columns=columns).train
+        assert (found.completions, found.ranks) == (["a", "b", "c", "d"], [1.0, 2.0, 2.0, 2.0])
+        with pytest.raises(InputError, match=r"ranks \(1, 2\) must be a list of 4 numbers"):
+            load([row], kind="rankings", columns={**columns, "ranks": [1, 2]})
+
     def test_ranks_and_ratings_together(self):
         """Which of the two counts is for the card to say."""
         row = {"prompt": "Q", "completions": ["a", "b"], "ranks": [1, 2], "ratings": [1, 2]}
