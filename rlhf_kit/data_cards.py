@@ -65,7 +65,7 @@ SHAPES: Mapping[str, tuple[Shape, ...]] = {
     ),
     "rankings": (
         Shape(("prompt", "completions"), ("annotator", "names"), ("ranks", "ratings", "comparisons", "ranked")),
-        Shape(("prompt", "completion"), ("annotator",), ("rank", "rating")),
+        Shape(("prompt", "completion"), ("annotator", "group"), ("rank", "rating")),
     ),
     "prompts": (Shape(("prompt",)),),
     "text": (Shape(("text",)),),
@@ -79,7 +79,9 @@ HH_SHAPES: Mapping[str, tuple[Shape, ...]] = {
 """Of format hh, where one column holds prompt and completion, or the prompt is a transcript of its own."""
 PREFIX_SHAPES = {"preferences": tuple(Shape(one.needed[1:], one.may, one.judged) for one in SHAPES["preferences"])}
 """Of format common_prefix, where prompts stand in the answers only."""
-THREAD_SHAPES = {"rankings": (Shape(("id", "parent", "role", "text", "rank"), ("annotator",)),)}
+THREAD_SHAPES = {
+    "rankings": tuple(Shape(("id", "parent", "role", "text", last), ("annotator",)) for last in ("rank", "rating"))
+}
 """Of format threads, where a row is one message and names the one that it answers."""
 BY_DEFAULT = {"transcript": "chosen"}
 """Our names that are called otherwise in the data unless mapped."""
@@ -203,6 +205,8 @@ class DataCard:
     scale: tuple[float, float] | None
     """The lowest and the highest rating there is."""
     margin_per_point: float | None
+    max_completions: int | None
+    """Of a prompt whose completions have a row each, so many are taken."""
     heldout: float | tuple[Path, ...] | HubSource
     """Share of prompts, chosen by their hash; or where the held-out rows are."""
     shared_prompts: Literal["error", "drop"]
@@ -266,6 +270,8 @@ class _Block(Settings):
     """The lowest and the highest rating there is, [1, 7]; others are errors."""
     margin_per_point: Positive | None = None
     """Margin of a pair for each point between the two ratings."""
+    max_completions: Annotated[int, Field(ge=2, le=9)] | None = None
+    """Where completions have a row each: the first so many of a prompt are taken, others are left out and counted."""
     heldout: Any = 0.1
     """What is kept for evaluation: a share of the prompts, chosen by hash, or a file, or the name of a split."""
     shared_prompts: Literal["error", "drop"] = "error"
@@ -341,6 +347,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         votes=block.votes,
         scale=None if block.scale is None else (block.scale[0], block.scale[1]),
         margin_per_point=block.margin_per_point,
+        max_completions=block.max_completions,
         heldout=heldout,
         shared_prompts=block.shared_prompts,
         filters=block.filters,
@@ -478,6 +485,9 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
             )
     if "names" in columns and "ranked" not in columns and "completions" in shape.needed:
         yield ("rlhf_kit", "columns", "names"), "are what ranked has in order, which is not mapped"
+    if raw.get("max_completions") is not None and (kind != "rankings" or "completions" in shape.needed):
+        at_list = "; of a list, completions[:9] takes the first nine" if kind == "rankings" else ""
+        yield ("rlhf_kit", "max_completions"), f"is for rankings whose completions have a row each{at_list}"
     if raw.get("slices") and (kind not in ("preferences", "rankings") or raw.get("format") == "threads"):
         yield ("rlhf_kit", "slices"), "is for preferences and rankings, whose rows are comparisons"
     if isinstance(templates, dict) and templates:

@@ -382,7 +382,7 @@ def canonical_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Boo
     read = read_rows(card, source, book)
     rows: Iterator[Row]
     if card.format == "threads":
-        rows = _threads((row for row in read if isinstance(row, _Turn)), book)
+        rows = _threads((row for row in read if isinstance(row, _Turn)), card, book)
     elif card.kind == "rankings" and "completion" in card.columns:
         rows = _put_together((row for row in read if isinstance(row, _Answer)), card, book)
     elif card.votes is not None:
@@ -552,7 +552,8 @@ def _rows(read: _Cells) -> list[Row | _Answer | _Turn]:
     if "completion" in card.columns:
         prompt, (completion,) = read.prompt_and_answers(["completion"])
         name = "rating" if "rating" in card.columns else "rank"
-        return [_Answer(_kept(prompt), completion, read.number(name, read.cell(name)), where, read.annotator())]
+        number = read.number(name, read.cell(name))
+        return [_Answer(_kept(prompt), completion, number, where, read.annotator(), read.group())]
     return [_ranking(read)]
 
 
@@ -684,6 +685,8 @@ class _Answer:
     """Its rank or its rating."""
     where: str
     annotator: str | None
+    group: str | None
+    """What rows of one ranking have in common, if it is not the prompt."""
     slices: Mapping[str, str] | None = None
 
 
@@ -693,7 +696,9 @@ def _ranking(read: _Cells) -> Ranking:
     if not isinstance(cell, list):
         raise _Broken("completions are no list", f"{read.called('completions')} must be a list; seen {short(cell)}")
     if not COMPLETIONS[0] <= len(cell) <= COMPLETIONS[1]:
-        raise _Broken("not 2 to 9 completions", f"{len(cell)} completions; a ranking has 2 to 9")
+        way = "; [:9] behind a list, of completions and what ranks them, takes the first nine"
+        way *= len(cell) > COMPLETIONS[1]
+        raise _Broken("not 2 to 9 completions", f"{len(cell)} completions; a ranking has 2 to 9{way}")
     if card.format == "hh":
         prompt: Prompt = _hh_prompt(read.text("prompt"))
         completions = [_text(one, "completion", read.called("completions")) for one in cell]
@@ -803,15 +808,22 @@ def _wins(shares: Mapping[tuple[int, int], float], count: int) -> list[float]:
 
 
 def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterator[Ranking]:
-    """Yield one ranking for all completions of a prompt (and annotator), where the first of them stood."""
+    """Yield one ranking for all completions of a prompt or group (and annotator), where the first of them stood."""
     groups: dict[tuple[str, str | None], list[_Answer]] = {}
     for row in rows:
-        groups.setdefault((_encode(row.prompt), row.annotator), []).append(row)
-    for group in groups.values():
+        groups.setdefault((row.group or _encode(row.prompt), row.annotator), []).append(row)
+    for whole in groups.values():
+        group = whole[: card.max_completions]
+        for row in whole[len(group) :]:
+            book.leave_out("over max_completions", row.where)
         first, count = group[0], len(group)
         try:
-            if not COMPLETIONS[0] <= count <= COMPLETIONS[1]:
-                raise _Broken("not 2 to 9 completions", f"{count} completions of this prompt; a ranking has 2 to 9")
+            other = next((row for row in whole if row.prompt != first.prompt), None)
+            if other is not None:
+                raise _Broken(
+                    "prompts of a group differ", f"the group {short(first.group)} has another prompt in {other.where}"
+                )
+            _check_count(count, "completions of this prompt")
             numbers = [row.number for row in group]
             rated = "rating" in card.columns
             ranking = _ranked(
@@ -829,6 +841,13 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
             book.drop(problem.reason, f"{first.where}: {problem.detail}", count)
 
 
+def _check_count(count: int, what: str) -> None:
+    """Raise _Broken if so many rows make no ranking."""
+    if not COMPLETIONS[0] <= count <= COMPLETIONS[1]:
+        way = "; max_completions: 9 takes the first nine" * (count > COMPLETIONS[1])
+        raise _Broken("not 2 to 9 completions", f"{count} {what}; a ranking has 2 to 9{way}")
+
+
 @dataclass(frozen=True)
 class _Turn:
     """A row that holds one message of a tree of dialogues."""
@@ -837,13 +856,15 @@ class _Turn:
     parent: str | None
     role: str
     text: str
-    rank: float | None
+    number: float | None
+    """An answer's rank or rating."""
     where: str
     annotator: str | None
 
 
 def _turn(read: _Cells) -> _Turn:
-    role, rank, parent = read.cell("role"), read.cell("rank"), read.cell("parent")
+    name = "rating" if "rating" in read.card.columns else "rank"
+    role, number, parent = read.cell("role"), read.cell(name), read.cell("parent")
     if not isinstance(role, str) or role not in ROLES:
         raise _Broken("unknown role", f"{read.called('role')} must be system, user or assistant; seen {short(role)}")
     return _Turn(
@@ -851,14 +872,14 @@ def _turn(read: _Cells) -> _Turn:
         parent=None if parent in (None, "") else str(parent),
         role=ROLES[role],
         text=read.text("text"),
-        rank=None if rank in (None, "") else read.number("rank", rank),
+        number=None if number in (None, "") or ROLES[role] != "assistant" else read.number(name, number),
         where=read.where,
         annotator=read.annotator(),
     )
 
 
-def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
-    """Yield, for each message with several ranked answers of the assistant, these as a ranking.
+def _threads(rows: Iterable[_Turn], card: DataCard, book: Book) -> Iterator[Ranking]:
+    """Yield, for each message with several ranked or rated answers of the assistant, these as a ranking.
 
     The prompt is the way from the root of the tree to that message. Messages that serve in none are dropped, counted.
     """
@@ -867,19 +888,29 @@ def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
     book.drop_times("repeated message", book.kept_so_far - before_these - len(turns))
     answers: dict[str | None, list[_Turn]] = {}
     for turn in turns.values():
-        if turn.role == "assistant" and turn.rank is not None:
+        if turn.number is not None:
             answers.setdefault(turn.parent, []).append(turn)
     used: set[str] = set()
-    count = 0
-    for group in answers.values():
+    left_out: list[_Turn] = []
+    count, rated = 0, "rating" in card.columns
+    for whole in answers.values():
+        group = whole[: card.max_completions]
+        left_out += whole[len(group) :]
         first = group[0]
         try:
-            if not COMPLETIONS[0] <= len(group) <= COMPLETIONS[1]:
-                raise _Broken("not 2 to 9 completions", f"{len(group)} ranked answers; a ranking has 2 to 9")
+            _check_count(len(group), f"{'rated' if rated else 'ranked'} answers")
             before = _way_to(first.parent, turns)
             prompt = [{"role": turn.role, "content": turn.text} for turn in before]
-            ranks = _ranks([turn.rank for turn in group if turn.rank is not None], best_is_high=False)
-            ranking = _ranked(prompt, [turn.text for turn in group], ranks, None, first.where, first.annotator)
+            numbers = [turn.number for turn in group if turn.number is not None]
+            ranking = _ranked(
+                prompt,
+                [turn.text for turn in group],
+                _ranks(numbers, best_is_high=rated),
+                numbers if rated else None,
+                first.where,
+                first.annotator,
+                card.margin_per_point,
+            )
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", rows=0)
             continue
@@ -887,7 +918,10 @@ def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
         count += 1
         yield ranking
     book.merged["messages of dialogues"] += len(used) - count
-    book.drop_times("message of no ranking", len(turns) - len(used))
+    left_out = [turn for turn in left_out if turn.id not in used]  # it may be on the way to another prompt
+    for turn in left_out:
+        book.leave_out("over max_completions", turn.where)
+    book.drop_times("message of no ranking", len(turns) - len(used) - len(left_out))
 
 
 def _way_to(message: str | None, turns: Mapping[str, _Turn]) -> list[_Turn]:
@@ -1007,7 +1041,8 @@ class _Cells:
         except (ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or (isinstance(cell, bool) and name not in ("rating", "ratings")):
-            raise _Broken(f"{name} is no number", f"{self.called(name)} must be a number; seen {short(cell)}")
+            way = "; the names of what is ranked are mapped to ranked" * (name == "ranks" and isinstance(cell, str))
+            raise _Broken(f"{name} is no number", f"{self.called(name)} must be a number; seen {short(cell)}{way}")
         if self.card.scale is not None and name in ("rating", "ratings"):
             lowest, highest = self.card.scale
             if not lowest <= number <= highest:
@@ -1054,6 +1089,15 @@ class _Cells:
         """Return the values of the columns that the card names as slices, None and "" being none."""
         found = {name: value_of(name, self.cells) for name in self.card.slices if is_there(name, self.cells)}
         return {name: str(value) for name, value in found.items() if value not in (None, "")}
+
+    def group(self) -> str | None:
+        """Return the name of the group that the row belongs to, where the card maps one."""
+        if "group" not in self.card.columns:
+            return None
+        cell = self.cell("group")
+        if not isinstance(cell, str | int | float) or cell == "":
+            raise _Broken("no group", f"{self.called('group')} must be text or a number; seen {short(cell)}")
+        return str(cell)
 
     def annotator(self) -> str | None:
         cell = self.cell("annotator") if self.has("annotator") else None

@@ -217,6 +217,9 @@ class TestMessages:
             ({"kind": "rankings", "columns": {"ranked": "r", "completions": ["a.text", "b.text"]}}, "map names"),
             ({"kind": "rankings", "columns": {"ranks": "r", "names": "n"}}, "are what ranked has in order"),
             ({"kind": "rankings", "columns": {"ratings": [1, 2]}}, "are for ranks and names"),
+            ({"max_completions": 9}, "is for rankings whose completions have a row each"),
+            ({"max_completions": 9, "kind": "rankings"}, "have a row each; of a list, completions[:9] takes the first"),
+            ({"max_completions": 10, "kind": "rankings", "columns": {"rating": "r"}}, "max_completions: must be"),
             ({"source": "x*.jsonl"}, "there is no file x*.jsonl"),
             ({"source": "../*/a.jsonl"}, "../*/a.jsonl leads out of the card's folder"),
         ],
@@ -314,7 +317,7 @@ def test_the_templates_examples_are_cards(here):
     """What TEMPLATE.md has behind comment marks can be written as it stands there."""
     lines = (ROOT / "data_cards" / "TEMPLATE.md").read_text().splitlines()
     Path("my_pairs.jsonl").write_text("")
-    keys = "columns preferred filters votes scale margin_per_point shared_prompts".split()
+    keys = "columns preferred filters votes scale margin_per_point max_completions shared_prompts".split()
     blocks = [line.removeprefix("  # ") for line in lines if line.startswith(tuple(f"  # {key}: " for key in keys))]
     settings = [read_yaml(block, "TEMPLATE.md").value for block in blocks]
     first, ratings, ranks, one_by_one, by_name = (s["columns"] for s in settings if "columns" in s)
@@ -324,7 +327,7 @@ def test_the_templates_examples_are_cards(here):
     rated = {"scale": rest["scale"], "margin_per_point": rest["margin_per_point"]}
     for kind, columns, more in (
         ("preferences", first, pairs), ("preferences", ratings, rated), ("rankings", ranks, {}),
-        ("rankings", one_by_one, {"scale": rest["scale"]}), ("rankings", by_name, {}),
+        ("rankings", one_by_one, {key: rest[key] for key in ("scale", "max_completions")}), ("rankings", by_name, {}),
     ):  # fmt: skip
         assert load_card(write({"kind": kind, "columns": columns, **common, **more})).mapped == set(columns)
 
@@ -338,7 +341,8 @@ VALUES = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 KEYS = st.sampled_from(
-    "kind source format columns heldout filters on_problem templates preferred votes scale margin_per_point x".split()
+    "kind source format columns heldout filters on_problem templates preferred votes scale margin_per_point "
+    "max_completions x".split()
 )
 
 

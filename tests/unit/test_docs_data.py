@@ -81,6 +81,10 @@ ROWS = {
     ],
     "dev_feedback.json": [{"question": "Q", **{f"prediction {n}": str(n) for n in range(1, 5)}, "preference": [1] * 6}],
     "OpenAssistant/oasst1": formats.TestThreads.ROWS,
+    "comments.jsonl": [{**row, "score": row["rank"]} for row in formats.TestThreads.ROWS],
+    "conversations.jsonl": [
+        {"conversation_id": n // 2, "prompt": "Hi", "response": f"a{n}", "score": n % 2} for n in range(4)
+    ],
     "trl-lib/kto-mix-14k": [
         {"prompt": [user("Q")], "completion": [assistant(text)], "label": text == "a"} for text in "ab"
     ],

@@ -461,6 +461,39 @@ class TestRankings:
         with pytest.raises(InputError, match="1 completions of this prompt; a ranking has 2 to 9"):
             load(HELPSTEER[:1], kind="rankings", columns={"completion": "response", "rating": "helpfulness"})
 
+    def test_groups(self):
+        """Rows of a group are one ranking, though another group has their prompt too; within one it is the same."""
+        rows = [
+            {"id": name, "prompt": "Hi", "answer": text, "score": score, "who": who}
+            for name, text, score, who in ((1, "a", 1, "x"), (2, "b", 2, "x"), (2, "c", 3, "x"), (1, "d", 4, "x"),
+                                           (1, "e", 1, "y"), (1, "f", 1, "y"))
+        ]  # fmt: skip
+        columns = {"completion": "answer", "rating": "score", "annotator": "who", "group": "id"}
+        found = load(rows, kind="rankings", columns=columns)
+        assert [row.completions for row in found.train] == [["a", "d"], ["b", "c"], ["e", "f"]]
+        assert found.counts == {"read": 6, "kept": 3, "merged: completions of one prompt": 3}
+        other = [*rows, {**rows[0], "prompt": "Ho", "answer": "g"}]
+        with pytest.raises(InputError, match=r"d\.json:1: the group 1 has another prompt in d\.json:1#7"):
+            load(other, kind="rankings", columns=columns)
+        for nothing in (None, "", [1]):
+            with pytest.raises(InputError, match=r"group \(column id\) must be text or a number; seen"):
+                load([{**rows[0], "id": nothing}], kind="rankings", columns=columns)
+
+    def test_more_completions_than_nine(self):
+        """Are refused with a way out; the card takes the first so many of each prompt, and the others are counted."""
+        rows = [{"prompt": "PQ"[n % 2], "completion": str(n), "rating": n} for n in range(22)]
+        block = {"kind": "rankings", "columns": {"rating": "rating"}}
+        with pytest.raises(InputError, match=r"11 completions of this prompt; .* max_completions: 9 takes the first"):
+            load(rows, **block)
+        found = load(rows, **block, max_completions=4)
+        assert [row.completions for row in found.train] == [["0", "2", "4", "6"], ["1", "3", "5", "7"]]
+        assert found.counts == {
+            "read": 22,
+            "kept": 2,
+            "dropped: over max_completions": 14,
+            "merged: completions of one prompt": 6,
+        }
+
     def test_summarize_axes(self):
         """One row for each summary, with a rating from 1 to 7 far inside."""
         rows = [
@@ -483,7 +516,7 @@ class TestRankings:
         columns = {"prompt": "question", "completions": "answers[:9].text", "ratings": "answers[:9].pm_score"}
         (row,) = load([{"question": "Q", "answers": answers}], kind="rankings", columns=columns).train
         assert (len(row.completions), row.ranks) == (9, [9, 8, 7, 6, 5, 4, 3, 2, 1])
-        with pytest.raises(InputError, match="12 completions; a ranking has 2 to 9"):
+        with pytest.raises(InputError, match=r"12 completions; a ranking has 2 to 9; \[:9\] behind a list"):
             load(
                 [{"question": "Q", "answers": answers}],
                 kind="rankings",
@@ -655,6 +688,28 @@ class TestThreads:
             "dropped: filters.where.lang": 1,
             "dropped: message of no ranking": 2,  # p3 and c1
             "merged: messages of dialogues": 5,  # p1, a1, a2, p2, b1, b2, b3 less the two kept
+        }
+
+    def test_ratings(self):
+        """The highest is the best, and only answers have one that counts; the ratings make margins."""
+        rows = [{**row, "score": row["rank"]} for row in self.ROWS[:7]]
+        columns = {**self.BLOCK["columns"], "rating": "score"}
+        found = load([{**rows[0], "score": "?"}, *rows[1:]], **{**self.BLOCK, "columns": columns}, margin_per_point=2)
+        (first, second) = found.train
+        assert (first.ranks, first.ratings, first.margin_per_point) == ([1.0, 2.0], [1.0, 0.0], 2.0)
+        assert (second.ranks, second.ratings) == ([3.0, 1.0, 2.0], [0.0, 2.0, 1.0])
+
+    def test_more_answers_than_nine(self):
+        """Are refused with a way out; those over what the card takes are counted if they lead to no other prompt."""
+        rows = [*self.ROWS[:7], *(message(f"a{n}", "p1", "assistant", float(n)) for n in range(3, 12))]
+        with pytest.raises(InputError, match=r"11 ranked answers; .* max_completions: 9 takes the first nine"):
+            load(rows, **self.BLOCK)
+        rows.insert(1, rows.pop())  # a11 and a1 are the first two
+        assert load(rows, **self.BLOCK, max_completions=2).counts == {
+            "read": 16,
+            "kept": 2,
+            "dropped: over max_completions": 9,  # a3 to a10, and b3; a2 is on the way to p2
+            "merged: messages of dialogues": 5,  # p1, a11, a1, a2, p2, b1, b2 less the two kept
         }
 
     def test_a_message_that_is_missing(self):
