@@ -194,6 +194,8 @@ class DataCard:
     kind: Kind
     sources: tuple[Path, ...] | HubSource
     format: Literal["hh", "common_prefix", "threads"] | None
+    quoting: Literal["none"] | None
+    """Of .csv and .tsv files: none where quotes are text."""
     columns: Mapping[str, Expression]
     """Our names of this kind and shape -> where the value stands in a row, in the words of `columns`."""
     mapped: frozenset[str]
@@ -258,6 +260,8 @@ class _Block(Settings):
     format: Literal["hh", "common_prefix", "threads"] | None = None
     """hh: transcripts "Human: ... Assistant: ..." of which the last answer is the completion; common_prefix: chosen and
     rejected begin with the prompt; threads: a row is a message that names the one it answers."""
+    quoting: Literal["none"] | None = None
+    """none: quotes in .csv and .tsv files are text; null: a cell that begins with a quote goes on to the next one."""
     columns: dict[str, _Column] = Field(default={})
     """Our name: where the value stands in a row. Names that agree need not be listed."""
     templates: dict[str, Text] = Field(default={})
@@ -330,6 +334,9 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         sources = _sources(raw["source"], ("rlhf_kit", "source"), places, front, problems)
     heldout = _heldout(raw.get("heldout", 0.1), sources, places, front, problems)
     problems += _column_problems(raw, front)
+    files = sources if isinstance(sources, tuple) else ()
+    if raw.get("quoting") and sources and not any((data_suffix(path) or "")[:4] in (".csv", ".tsv") for path in files):
+        problems.append((("rlhf_kit", "quoting"), "is for .csv and .tsv files, of which the source names none"))
     if problems:
         raise InputError(front.messages(problems))
     block = _Block.model_validate(raw)
@@ -340,6 +347,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         kind=block.kind,
         sources=sources,
         format=block.format,
+        quoting=block.quoting,
         columns=_columns(raw),
         mapped=frozenset(block.columns),
         templates=block.templates,

@@ -20,7 +20,7 @@ from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
 from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
-from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, names_of, range_of
+from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, data_suffix, names_of, range_of
 from rlhf_kit.data_files import file_rows, hub_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
@@ -45,6 +45,8 @@ assistant's."""
 
 SHOWN = 5
 """Broken rows that an error message shows."""
+
+OVER_LINES = "a cell of a .tsv over several lines, as a quote at its beginning makes it"
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
@@ -328,6 +330,9 @@ class Book:
     sides: Counter[str] = field(default_factory=Counter)
     """Votes for the "first" and the "second" completion shown, and "tie", where the data says which stood first."""
 
+    over_lines: int = 0
+    """Rows that were read with a cell of a .tsv over several lines, which may be rows that a quote swallowed."""
+
     @property
     def kept_so_far(self) -> int:
         """How many rows of the files have not been dropped."""
@@ -351,6 +356,11 @@ class Book:
         """Count a row that the card leaves out."""
         self.dropped[reason] += 1
         self._show(reason, where)
+
+    def note_over_lines(self, where: str) -> None:
+        """Count a row one of whose cells goes over several lines."""
+        self.over_lines += 1
+        self._show(OVER_LINES, where)
 
     def _show(self, reason: str, message: str) -> None:
         if len(shown := self.shown.setdefault(reason, [])) < SHOWN:
@@ -399,11 +409,15 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
     taken = 0
     for part in [source] if isinstance(source, HubSource) else source:
         is_first = True
-        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part):
+        is_tsv = isinstance(part, Path) and (data_suffix(part) or "").startswith(".tsv")
+        quoted = card.quoting != "none"
+        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part, quoted=quoted):
             if is_first:
                 check_columns(card, where, cells)
                 is_first = False
             book.read += 1
+            if is_tsv and any("\n" in cell for cell in cells.values()):
+                book.note_over_lines(where)
             unmet = next((name for name, wanted in card.filters.where.items() if not _meets(name, wanted, cells)), None)
             if unmet is not None:
                 book.leave_out(f"filters.where.{unmet}", where)

@@ -220,6 +220,7 @@ class TestMessages:
             ({"max_completions": 9}, "is for rankings whose completions have a row each"),
             ({"max_completions": 9, "kind": "rankings"}, "have a row each; of a list, completions[:9] takes the first"),
             ({"max_completions": 10, "kind": "rankings", "columns": {"rating": "r"}}, "max_completions: must be"),
+            ({"quoting": "none"}, "is for .csv and .tsv files, of which the source names none"),
             ({"source": "x*.jsonl"}, "there is no file x*.jsonl"),
             ({"source": "../*/a.jsonl"}, "../*/a.jsonl leads out of the card's folder"),
         ],
