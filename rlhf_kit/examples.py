@@ -730,6 +730,7 @@ def _ranking(read: _Cells) -> Ranking:
         ranks = _ranks(_by_name(read, len(completions)), best_is_high=False)
     else:
         ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
+        _check_order(read)
     return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator(), card.margin_per_point)
 
 
@@ -773,6 +774,21 @@ def _by_name(read: _Cells, count: int) -> list[float]:
             )
     ranks = read.numbers("ranks", count) if with_ranks else list(map(float, range(count)))
     return [ranks[ranked.index(name)] for name in names]
+
+
+def _check_order(read: _Cells) -> None:
+    """Raise _Broken if the ranks stand beside the names of the completions, whose order is not theirs."""
+    path, names = read.card.columns["ranks"], names_of(read.card.columns["completions"])
+    if names is None or not isinstance(path, str) or "[]." not in path:
+        return
+    entries = path.rpartition(".")[0]
+    items = value_of(entries, read.cells)
+    for key in items[0] if all(isinstance(item, Mapping) for item in items) else ():
+        if sorted(str(item.get(key)) for item in items) == sorted(names):
+            raise _Broken(
+                "ranks beside names",
+                f"{read.called('ranks')} stands beside {key}, which names the completions; map ranked: {entries}.{key}",
+            )
 
 
 def _names(read: _Cells, count: int) -> list[str]:

@@ -570,6 +570,12 @@ class TestRankings:
             },
         )
         assert one.train == two.train == [Ranking("Q", ["a", "b", "c"], ranks, "d.json:1")]
+        with pytest.raises(InputError, match=r"names the completions; map ranked: ranking\[0\].value\[\].value"):
+            load(
+                [{**self.ANSWERS, "ranking": said}],
+                kind="rankings",
+                columns={"completions": names, "ranks": "ranking[0].value[].rank"},
+            )
 
     LABEL_STUDIO = {  # noqa: RUF012
         "data": {"prompt": "Q", "items": [{"id": name, "title": name, "body": f"text {name}"} for name in "ABC"]},
