@@ -603,6 +603,12 @@ class TestRankings:
         block["columns"]["names"] = [1, 2, 3]
         assert load(rows, **block).train[0].ranks == [1.0, 2.0, 2.0]
 
+    def test_completions_that_stand_best_first(self):
+        """Are called by their own texts."""
+        columns = {"completions": "answers", "names": "answers", "ranked": "answers"}
+        (row,) = load([{"prompt": "Q", "answers": ["b", "c", "a"]}], kind="rankings", columns=columns).train
+        assert (row.completions, row.ranks) == (["b", "c", "a"], [1.0, 2.0, 3.0])
+
     @pytest.mark.parametrize(
         ("ranked", "names", "said"),
         [
