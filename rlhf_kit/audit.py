@@ -31,6 +31,7 @@ from rlhf_kit.data_cards import DataCard, HubSource, data_suffix
 from rlhf_kit.data_files import Block, file_rows, json_blocks, json_row
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import (
+    OVER_LINES,
     SHOWN,
     Book,
     Demonstration,
@@ -74,11 +75,20 @@ MARKERS = re.compile(
     r"|\[(CLS|SEP|PAD|MASK|UNK)\]|<｜[^｜]{1,40}｜>"
 )
 """What chat templates and tokenizers write, and texts should not."""
+NO_VALUE = frozenset(("nan", "NaN", "None", "NULL", "null", "N/A", "#N/A", "<NA>"))
+"""What programs write where there is nothing."""
 ODD = {
     "control characters": "\x80-\x9f",
     "zero-width or direction marks": "\u200b\u200c\u200d\u2060\u200e\u200f\u202a\u202b\u202c\u202d\u202e\ufeff",
     "replacement characters": "\ufffd",
 }
+STRUCTURED = "a list or object of JSON as a text"
+NOTHING = "a text that only says that there is nothing, such as nan or N/A"
+WAYS = {
+    STRUCTURED: "; column[:] reads a list in a cell, column[0] its first element",
+    OVER_LINES: "; where quotes are text there, write quoting: none",
+}
+"""What a card can do about suspicious rows."""
 
 
 @dataclass(frozen=True)
@@ -338,6 +348,8 @@ class _Looking:
         lengths = [np.fromiter(map(len, column), np.int64, size) for column in [batch.prompts, *batch.answers]]
         data, offsets = _laid_out([batch.prompts, *batch.answers], lengths)
         self._look_at_bytes(batch, data, offsets, records)
+        if self.card.kind != "text":
+            self._look_at_whole_texts(batch, records)
         least = _least(data, offsets)
         bands = _mixed(least.astype(np.uint64), 0).reshape(BANDS, -1, size)
         for band in range(BANDS):
@@ -374,6 +386,18 @@ class _Looking:
         if len(brackets):
             rows = np.unique(_rows_at(brackets, offsets))
             self._note("template tokens", _matching(MARKERS, batch, rows.tolist()), records)
+
+    def _look_at_whole_texts(self, batch: _Batch, records: np.ndarray) -> None:
+        """Note rows with a text that is a cell misread: a structure, or a word for nothing."""
+        answers = [text for column in batch.answers for text in enumerate(column)]
+        if self.card.kind == "rankings":  # whose completions are one text in answers
+            rankings = [(row, ranking) for row, ranking in enumerate(batch.rows or ()) if isinstance(ranking, Ranking)]
+            answers = [(row, text) for row, ranking in rankings for text in ranking.completions]
+        texts = [*enumerate(batch.prompts), *answers]
+        structured = [row for row, text in texts if text.startswith(("[", "{")) and _is_structured(text)]
+        nothing = [row for row, text in texts if len(text) < 8 and text.strip() in NO_VALUE]
+        self._note(STRUCTURED, np.array(structured, int), records)
+        self._note(NOTHING, np.array(nothing, int), records)
 
     def _note(self, what: str, rows: np.ndarray, records: np.ndarray) -> None:
         rows = np.unique(rows)
@@ -502,6 +526,8 @@ class _Looking:
         self._tell_tokens(result)
         result.scripts = _scripts(self.letters)
         result.suspicious = {what: {"rows": rows, "examples": shown} for what, (rows, shown) in self.odd.items()}
+        if book.over_lines:
+            result.suspicious[OVER_LINES] = {"rows": book.over_lines, "examples": book.shown[OVER_LINES]}
         result.warnings = list(_warnings(result))
         return result
 
@@ -719,6 +745,14 @@ def _matching(pattern: re.Pattern[str], batch: _Batch, rows: Iterable[int]) -> n
     return np.array([row for row in rows if any(pattern.search(column[row]) for column in columns)], dtype=int)
 
 
+def _is_structured(text: str) -> bool:
+    """Return whether a text is a list or an object of JSON."""
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _rows_at(positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Return in which rows the bytes at these positions are."""
     return np.searchsorted(offsets, positions, side="right") - 1
@@ -838,7 +872,7 @@ def _warnings(found: Audit) -> Iterator[str]:
     if cut := found.tokens.get("too_long", {}).get("rows"):
         yield f"{cut:,} rows are longer than the context of {found.tokens['context']:,} tokens"
     for what, note in found.suspicious.items():
-        yield f"{note['rows']:,} rows with {what}, first in {note['examples'][0]}"
+        yield f"{note['rows']:,} rows with {what}, first in {note['examples'][0]}{WAYS.get(what, '')}"
 
 
 def as_json(found: Audit) -> str:

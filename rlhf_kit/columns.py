@@ -6,6 +6,7 @@
     completions[].overall_score    of every element, as a list; [:9] of the first nine
     "{instruction}\\n{input}"       a template over several of them
     [answer_1, answer_2]           a list of them
+    [1, 2, 2]                      numbers, the same in each row, for ranks and names
     {system: sys, user: question}  chat messages, for prompts
 
 Where a path goes into a text, the text is read as JSON, which is how .csv files hold lists. A column whose own name is
@@ -24,7 +25,7 @@ from rlhf_kit.errors import did_you_mean
 
 __all__ = ["ROLES", "Expression", "Missing", "columns_of", "fault", "is_there", "value_of"]
 
-Expression = str | list[str] | dict[str, str]
+Expression = str | list[str] | list[int | float] | dict[str, str]
 Step = str | int | slice
 
 ROLES = ("system", "history", "user")
@@ -71,12 +72,9 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 def columns_of(expression: Expression) -> list[str]:
     """Return the paths that an expression is made of, templates taken apart."""
-    match expression:
-        case str():
-            return list(template_columns(expression)) or [expression]
-        case list():
-            return [path for part in expression for path in columns_of(part)]
-    return [path for part in expression.values() for path in columns_of(part)]
+    if isinstance(expression, str):
+        return list(template_columns(expression)) or [expression]
+    return [path for part in _parts(expression) for path in columns_of(part)]
 
 
 def fault(expression: Expression) -> str | None:
@@ -93,8 +91,9 @@ def fault(expression: Expression) -> str | None:
     return None
 
 
-def _parts(expression: list[str] | dict[str, str]) -> list[str]:
-    return expression if isinstance(expression, list) else list(expression.values())
+def _parts(expression: list[str] | list[int | float] | dict[str, str]) -> list[str]:
+    parts = expression if isinstance(expression, list) else expression.values()
+    return [part for part in parts if isinstance(part, str)]
 
 
 def is_there(path: str, cells: Mapping[str, Any]) -> bool:
@@ -119,7 +118,7 @@ def value_of(expression: Expression, cells: Mapping[str, Any], *, gaps: bool = F
         filled = {name: _filled(name, cells) for name in names}
         return _BRACES.sub(lambda match: filled[match[1]], expression).strip()
     if isinstance(expression, list):
-        return [value_of(part, cells) for part in expression]
+        return [value_of(part, cells) if isinstance(part, str) else part for part in expression]
     return {role: value_of(part, cells) for role, part in expression.items()}
 
 

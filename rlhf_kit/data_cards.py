@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from rlhf_kit.columns import Expression, fault, template_columns
+from rlhf_kit.columns import Expression, fault, path_of, template_columns
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml
 from rlhf_kit.recipe import STAGE_KINDS
@@ -63,8 +64,8 @@ SHAPES: Mapping[str, tuple[Shape, ...]] = {
         Shape(("prompt", "first", "second"), ("margin", "annotator"), ("preferred", "ratings", "probability")),
     ),
     "rankings": (
-        Shape(("prompt", "completions"), ("annotator",), ("ranks", "ratings", "comparisons")),
-        Shape(("prompt", "completion"), ("annotator",), ("rank", "rating")),
+        Shape(("prompt", "completions"), ("annotator", "names"), ("ranks", "ratings", "comparisons", "ranked")),
+        Shape(("prompt", "completion"), ("annotator", "group"), ("rank", "rating")),
     ),
     "prompts": (Shape(("prompt",)),),
     "text": (Shape(("text",)),),
@@ -78,7 +79,9 @@ HH_SHAPES: Mapping[str, tuple[Shape, ...]] = {
 """Of format hh, where one column holds prompt and completion, or the prompt is a transcript of its own."""
 PREFIX_SHAPES = {"preferences": tuple(Shape(one.needed[1:], one.may, one.judged) for one in SHAPES["preferences"])}
 """Of format common_prefix, where prompts stand in the answers only."""
-THREAD_SHAPES = {"rankings": (Shape(("id", "parent", "role", "text", "rank"), ("annotator",)),)}
+THREAD_SHAPES = {
+    "rankings": tuple(Shape(("id", "parent", "role", "text", last), ("annotator",)) for last in ("rank", "rating"))
+}
 """Of format threads, where a row is one message and names the one that it answers."""
 BY_DEFAULT = {"transcript": "chosen"}
 """Our names that are called otherwise in the data unless mapped."""
@@ -130,7 +133,7 @@ _RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}")
 def _column(written: Any) -> Any:
     if isinstance(written, list | dict):
         parts = written.values() if isinstance(written, dict) else written
-        if written and all(isinstance(part, str) and part for part in parts):
+        if written and (all(isinstance(part, str) and part for part in parts) or _are_numbers(written)):
             return written
         raise PydanticCustomError("unexpected", "{expected}", {"expected": "columns, written as text"})
     if isinstance(written, str) and written:
@@ -140,6 +143,12 @@ def _column(written: Any) -> Any:
         if written == ""
         else PydanticKnownError("string_type")
     )
+
+
+def _are_numbers(written: Any) -> bool:
+    """Return whether a column is a list of numbers, which are the same in each row."""
+    numbers = written if isinstance(written, list) else []
+    return numbers != [] and all(isinstance(part, int | float) and not isinstance(part, bool) for part in numbers)
 
 
 def _scale(written: Any) -> Any:
@@ -185,6 +194,8 @@ class DataCard:
     kind: Kind
     sources: tuple[Path, ...] | HubSource
     format: Literal["hh", "common_prefix", "threads"] | None
+    quoting: Literal["none"] | None
+    """Of .csv and .tsv files: none where quotes are text."""
     columns: Mapping[str, Expression]
     """Our names of this kind and shape -> where the value stands in a row, in the words of `columns`."""
     mapped: frozenset[str]
@@ -196,6 +207,8 @@ class DataCard:
     scale: tuple[float, float] | None
     """The lowest and the highest rating there is."""
     margin_per_point: float | None
+    max_completions: int | None
+    """Of a prompt whose completions have a row each, so many are taken."""
     heldout: float | tuple[Path, ...] | HubSource
     """Share of prompts, chosen by their hash; or where the held-out rows are."""
     shared_prompts: Literal["error", "drop"]
@@ -247,6 +260,8 @@ class _Block(Settings):
     format: Literal["hh", "common_prefix", "threads"] | None = None
     """hh: transcripts "Human: ... Assistant: ..." of which the last answer is the completion; common_prefix: chosen and
     rejected begin with the prompt; threads: a row is a message that names the one it answers."""
+    quoting: Literal["none"] | None = None
+    """none: quotes in .csv and .tsv files are text; null: a cell that begins with a quote goes on to the next one."""
     columns: dict[str, _Column] = Field(default={})
     """Our name: where the value stands in a row. Names that agree need not be listed."""
     templates: dict[str, Text] = Field(default={})
@@ -259,6 +274,8 @@ class _Block(Settings):
     """The lowest and the highest rating there is, [1, 7]; others are errors."""
     margin_per_point: Positive | None = None
     """Margin of a pair for each point between the two ratings."""
+    max_completions: Annotated[int, Field(ge=2, le=9)] | None = None
+    """Where completions have a row each: the first so many of a prompt are taken, others are left out and counted."""
     heldout: Any = 0.1
     """What is kept for evaluation: a share of the prompts, chosen by hash, or a file, or the name of a split."""
     shared_prompts: Literal["error", "drop"] = "error"
@@ -317,6 +334,9 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         sources = _sources(raw["source"], ("rlhf_kit", "source"), places, front, problems)
     heldout = _heldout(raw.get("heldout", 0.1), sources, places, front, problems)
     problems += _column_problems(raw, front)
+    files = sources if isinstance(sources, tuple) else ()
+    if raw.get("quoting") and sources and not any((data_suffix(path) or "")[:4] in (".csv", ".tsv") for path in files):
+        problems.append((("rlhf_kit", "quoting"), "is for .csv and .tsv files, of which the source names none"))
     if problems:
         raise InputError(front.messages(problems))
     block = _Block.model_validate(raw)
@@ -327,6 +347,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         kind=block.kind,
         sources=sources,
         format=block.format,
+        quoting=block.quoting,
         columns=_columns(raw),
         mapped=frozenset(block.columns),
         templates=block.templates,
@@ -334,6 +355,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         votes=block.votes,
         scale=None if block.scale is None else (block.scale[0], block.scale[1]),
         margin_per_point=block.margin_per_point,
+        max_completions=block.max_completions,
         heldout=heldout,
         shared_prompts=block.shared_prompts,
         filters=block.filters,
@@ -448,22 +470,43 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
             swapped = isinstance(theirs, str) and theirs in ours
             hint = f"; the order is ours: theirs, so {theirs}: {name}" if swapped else did_you_mean(name, ours)
             yield at, f"{kind} have no column {name}{with_others}{hint}"
-        elif isinstance(theirs, list) and name not in ("completions", "ranks", "ratings", "comparisons"):
+        elif isinstance(theirs, list) and name not in ("completions", "ranks", "ratings", "comparisons", "names"):
             yield at, "must be one column, or a template; seen a list"
+        elif _are_numbers(theirs) and name not in ("ranks", "names"):
+            yield at, "must be columns, written as text; numbers, the same in each row, are for ranks and names"
         elif isinstance(theirs, dict) and name != "prompt":
             yield at, "must be one column, or a template; seen a mapping"
         elif _is_written(theirs) and (wrong := fault(theirs)):
             yield at, f"{wrong}; seen {marked.seen(at)}"
-    judged = [name for name in columns if name in shape.judged and name != "ratings"]
-    if len(judged) > 1:
+    judged = [name for name in columns if name in shape.judged and (name != "ratings" or kind == "rankings")]
+    if len(judged) > 1 and set(judged) != {"ranked", "ranks"}:
         yield ("rlhf_kit", "columns", judged[1]), f"says again which is better, as {judged[0]} does; map one of them"
     if "first" in shape.needed and not columns.keys() & set(shape.judged) and raw.get("preferred") is None:
         yield ("rlhf_kit", "columns"), f"map one of {', '.join(shape.judged)}, which says which completion is better"
+    if "ranked" in columns and "names" not in columns and "completions" in shape.needed:
+        called = names_of(columns.get("completions"))
+        if called is None or len(set(called)) < len(called):
+            yield (
+                ("rlhf_kit", "columns", "ranked"),
+                "names completions, and nothing says what these are called; map names: their names in the order of "
+                'completions, such as "items[].id", or [0, 1, 2] where they are numbered',
+            )
+    if "names" in columns and "ranked" not in columns and "completions" in shape.needed:
+        yield ("rlhf_kit", "columns", "names"), "are what ranked has in order, which is not mapped"
+    if raw.get("max_completions") is not None and (kind != "rankings" or "completions" in shape.needed):
+        at_list = "; of a list, completions[:9] takes the first nine" if kind == "rankings" else ""
+        yield ("rlhf_kit", "max_completions"), f"is for rankings whose completions have a row each{at_list}"
     if raw.get("slices") and (kind not in ("preferences", "rankings") or raw.get("format") == "threads"):
         yield ("rlhf_kit", "slices"), "is for preferences and rankings, whose rows are comparisons"
     if isinstance(templates, dict) and templates:
         yield from _template_problems(templates, columns, shape, kind, marked)
     yield from _judgement_problems(raw, columns, shape)
+
+
+def names_of(completions: Any) -> list[str] | None:
+    """Return what completions are called that are listed by their columns, each as its path ends; None for others."""
+    ends = [path_of(part)[-1] for part in completions if isinstance(part, str)] if isinstance(completions, list) else []
+    return [str(end) for end in ends] if ends and all(isinstance(end, str) for end in ends) else None
 
 
 def _is_written(theirs: Any) -> bool:
@@ -501,6 +544,7 @@ def _judgement_problems(raw: Mapping[str, Any], columns: dict[str, Any], shape: 
         )
     elif raw.get("preferred") is not None and not named:
         yield ("rlhf_kit", "preferred"), "there is no column for it; map columns: {preferred: <their name>}"
+    yield from _meaning_problems(raw.get("preferred"), columns)
     if raw.get("votes") is not None and "preferred" not in columns:
         yield ("rlhf_kit", "votes"), "votes are counted in a column preferred, which is not mapped"
     if raw.get("votes") is not None and "margin" in columns:
@@ -517,6 +561,49 @@ def _judgement_problems(raw: Mapping[str, Any], columns: dict[str, Any], shape: 
             yield ("rlhf_kit", "margin_per_point"), "is of ratings, and no column is mapped to ratings"
         elif "margin" in columns:
             yield ("rlhf_kit", "columns", "margin"), "is mapped, and margin_per_point says it too; keep one"
+
+
+def _meaning_problems(preferred: Any, columns: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the values of a column that have two meanings; and a strength as margin that has none by its sign."""
+    written = preferred if isinstance(preferred, dict) else {}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in written.items()}
+    meanings = {name: lists[name] for name in Preferred.model_fields if name in lists}
+    for (one, values), (other, others) in combinations(meanings.items(), 2):
+        twice = [(value, again) for value in values for again in others if _overlap(value, again)]
+        if twice:
+            value, again = (str(match) for match in twice[0])
+            both = value if value == again else f"{value} and {again} have values in common, which"
+            at = ("rlhf_kit", "preferred", other)
+            yield at, f"{both} cannot mean {one} and {other}; write each value, and each range, so that it means one"
+    first, second = (list(map(_span, meanings.get(name, []))) for name in ("first", "second"))
+    signed = any(_beyond_zero(first, side) and _beyond_zero(second, -side) for side in (1, -1))
+    if "margin" in columns and columns["margin"] == columns.get("preferred") and not signed:
+        yield (
+            ("rlhf_kit", "columns", "margin"),
+            "is the column of preferred too, so its sign must say which one is better: of preferred.first and "
+            "preferred.second, one has the numbers above 0, the other those below",
+        )
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Return whether there is a cell that two values of `preferred` both match."""
+    spans = _span(one), _span(other)
+    if spans[0] and spans[1] and spans[0][0] <= spans[1][1] and spans[1][0] <= spans[0][1]:
+        return True
+    return str(one) == str(other)  # as cells of .csv files are matched
+
+
+def _span(value: Any) -> tuple[float, float] | None:
+    """Return the ends of a range, or of a number, which may be written as text."""
+    try:
+        return range_of(value) or (None if isinstance(value, bool) else (float(value), float(value)))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _beyond_zero(spans: Sequence[tuple[float, float] | None], side: int) -> bool:
+    """Return whether all numbers lie above 0 (side 1) or below it (side -1), or on it."""
+    return all(min(side * span[0], side * span[1]) >= 0 for span in spans if span)
 
 
 # ---------------------------------------------------------------- where the rows are

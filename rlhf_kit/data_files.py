@@ -40,8 +40,8 @@ ARROW_ROWS = 256
 Cells = dict[str, Any]
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, Cells]]:
-    """Yield "file:line" and the cells of each row of a file.
+def file_rows(path: Path, *, quoted: bool = True) -> Iterator[tuple[str, Cells]]:
+    """Yield "file:line" and the cells of each row of a file; with quoted=False, quotes in .csv and .tsv files are text.
 
     Raises:
         InputError: it is cut off, too large, or not what its ending says; with the line.
@@ -54,9 +54,9 @@ def file_rows(path: Path) -> Iterator[tuple[str, Cells]]:
         case ".json":
             return _json_rows(path)
         case ".csv":
-            return _csv_rows(path, ",")
+            return _csv_rows(path, ",", quoted)
         case ".tsv":
-            return _csv_rows(path, "\t")
+            return _csv_rows(path, "\t", quoted)
         case ".parquet":
             return _parquet_rows(path)
     return _arrow_rows(path)
@@ -342,9 +342,11 @@ def _object(row: Any, where: str) -> Cells:
 # ---------------------------------------------------------------- tables
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
+def _csv_rows(path: Path, delimiter: str, quoted: bool) -> Iterator[tuple[str, Cells]]:
     csv.field_size_limit(MAX_ROW)
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        _lines(path), delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    )
     header: list[str] | None = None
     line = 1
     try:
@@ -364,7 +366,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
             else:
                 yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise InputError(f"{path}:{line}: not CSV: {error}; is a quote not closed, or the file cut off?") from None
+        way = " Where quotes are text, a card says quoting: none" * quoted
+        raise InputError(f"{path}:{line}: not CSV: {error}; is a quote not closed, or the file cut off?{way}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Cells]]:

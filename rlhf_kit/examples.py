@@ -20,7 +20,7 @@ from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
 from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
-from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, range_of
+from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, data_suffix, names_of, range_of
 from rlhf_kit.data_files import file_rows, hub_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
@@ -45,6 +45,8 @@ assistant's."""
 
 SHOWN = 5
 """Broken rows that an error message shows."""
+
+OVER_LINES = "a cell of a .tsv over several lines, as a quote at its beginning makes it"
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
@@ -328,6 +330,9 @@ class Book:
     sides: Counter[str] = field(default_factory=Counter)
     """Votes for the "first" and the "second" completion shown, and "tie", where the data says which stood first."""
 
+    over_lines: int = 0
+    """Rows that were read with a cell of a .tsv over several lines, which may be rows that a quote swallowed."""
+
     @property
     def kept_so_far(self) -> int:
         """How many rows of the files have not been dropped."""
@@ -351,6 +356,11 @@ class Book:
         """Count a row that the card leaves out."""
         self.dropped[reason] += 1
         self._show(reason, where)
+
+    def note_over_lines(self, where: str) -> None:
+        """Count a row one of whose cells goes over several lines."""
+        self.over_lines += 1
+        self._show(OVER_LINES, where)
 
     def _show(self, reason: str, message: str) -> None:
         if len(shown := self.shown.setdefault(reason, [])) < SHOWN:
@@ -382,7 +392,7 @@ def canonical_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Boo
     read = read_rows(card, source, book)
     rows: Iterator[Row]
     if card.format == "threads":
-        rows = _threads((row for row in read if isinstance(row, _Turn)), book)
+        rows = _threads((row for row in read if isinstance(row, _Turn)), card, book)
     elif card.kind == "rankings" and "completion" in card.columns:
         rows = _put_together((row for row in read if isinstance(row, _Answer)), card, book)
     elif card.votes is not None:
@@ -399,11 +409,15 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
     taken = 0
     for part in [source] if isinstance(source, HubSource) else source:
         is_first = True
-        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part):
+        is_tsv = isinstance(part, Path) and (data_suffix(part) or "").startswith(".tsv")
+        quoted = card.quoting != "none"
+        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part, quoted=quoted):
             if is_first:
                 check_columns(card, where, cells)
                 is_first = False
             book.read += 1
+            if is_tsv and any("\n" in cell for cell in cells.values()):
+                book.note_over_lines(where)
             unmet = next((name for name, wanted in card.filters.where.items() if not _meets(name, wanted, cells)), None)
             if unmet is not None:
                 book.leave_out(f"filters.where.{unmet}", where)
@@ -467,7 +481,7 @@ def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
         if name == "prompt" and name not in card.mapped and _is_dialogue(cells, card):
             continue
         problems.append(f"{where}: there is no {_no_column(card, name, missing[0], cells)}")
-    judged = [name for name in ("ranks", "ratings", "comparisons") if name in card.columns]
+    judged = [name for name in ("ranks", "ratings", "comparisons", "ranked") if name in card.columns]
     if card.kind == "rankings" and judged and not any(_has(card, name, cells) for name in judged):
         problems.append(
             f"{where}: there is no column ranks or ratings; map one in {card.path}: columns: {{ranks: <their name>}} "
@@ -552,7 +566,8 @@ def _rows(read: _Cells) -> list[Row | _Answer | _Turn]:
     if "completion" in card.columns:
         prompt, (completion,) = read.prompt_and_answers(["completion"])
         name = "rating" if "rating" in card.columns else "rank"
-        return [_Answer(_kept(prompt), completion, read.number(name, read.cell(name)), where, read.annotator())]
+        number = read.number(name, read.cell(name))
+        return [_Answer(_kept(prompt), completion, number, where, read.annotator(), read.group())]
     return [_ranking(read)]
 
 
@@ -585,7 +600,7 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
     if "preferred" in card.columns:
         votes = read.cell("preferred", gaps=True)
         if not isinstance(votes, list):
-            yield read.vote(votes), read.annotator()
+            yield _agreed(read, votes, read.vote(votes), ratings), read.annotator()
             return
         if not votes:
             raise _Broken("no vote", f"{read.called('preferred')} is an empty list")
@@ -602,6 +617,7 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
             except _LeftOut:
                 read.votes_left_out += 1
                 continue
+            share = share if len(votes) > 1 else _agreed(read, vote, share, ratings)
             yield share, None if name in (None, "") or isinstance(name, list) else str(name)
         if read.votes_left_out == len(votes):
             raise _LeftOut("no vote that counts")
@@ -619,6 +635,18 @@ def _judgements(read: _Cells, pair: Sequence[str], ratings: list[float] | None) 
         if ratings is not None and ratings[0] < ratings[1]:
             raise _Broken("chosen is rated lower", f"chosen is rated {ratings[0]:g} and rejected {ratings[1]:g}")
     yield probability, read.annotator()
+
+
+def _agreed(read: _Cells, vote: Any, share: float, ratings: list[float] | None) -> float:
+    """Return the share of a row's one vote, which may part equal ratings, but not contradict different ones."""
+    rated = 0.0 if ratings is None else ratings[0] - ratings[1]
+    if ratings is not None and rated and (share - 0.5) * rated <= 0:
+        raise _Broken(
+            "preferred and ratings disagree",
+            f"{read.called('preferred')} is {short(vote)}, and first is rated {ratings[0]:g}, second {ratings[1]:g}; "
+            "where the two need not agree, map only one of them",
+        )
+    return share
 
 
 def _counted_votes(rows: Iterable[Preference], votes: str, book: Book) -> Iterator[Preference]:
@@ -671,6 +699,8 @@ class _Answer:
     """Its rank or its rating."""
     where: str
     annotator: str | None
+    group: str | None
+    """What rows of one ranking have in common, if it is not the prompt."""
     slices: Mapping[str, str] | None = None
 
 
@@ -680,7 +710,9 @@ def _ranking(read: _Cells) -> Ranking:
     if not isinstance(cell, list):
         raise _Broken("completions are no list", f"{read.called('completions')} must be a list; seen {short(cell)}")
     if not COMPLETIONS[0] <= len(cell) <= COMPLETIONS[1]:
-        raise _Broken("not 2 to 9 completions", f"{len(cell)} completions; a ranking has 2 to 9")
+        way = "; [:9] behind a list, of completions and what ranks them, takes the first nine"
+        way *= len(cell) > COMPLETIONS[1]
+        raise _Broken("not 2 to 9 completions", f"{len(cell)} completions; a ranking has 2 to 9{way}")
     if card.format == "hh":
         prompt: Prompt = _hh_prompt(read.text("prompt"))
         completions = [_text(one, "completion", read.called("completions")) for one in cell]
@@ -694,8 +726,11 @@ def _ranking(read: _Cells) -> Ranking:
         shares = _shares(read, len(completions))
         ranks = _ranks(_wins(shares, len(completions)), best_is_high=True)
         read.ordered_draws = sum(share == 0.5 and ranks[one] != ranks[two] for (one, two), share in shares.items())
+    elif "ranked" in card.columns:
+        ranks = _ranks(_by_name(read, len(completions)), best_is_high=False)
     else:
         ranks = _ranks(read.numbers("ranks", len(completions)), best_is_high=False)
+        _check_order(read)
     return _ranked(prompt, completions, ranks, ratings, read.where, read.annotator(), card.margin_per_point)
 
 
@@ -720,6 +755,67 @@ def _ranks(numbers: Sequence[float], best_is_high: bool) -> list[float]:
     return [1.0 + sum(sign * other > sign * number for other in numbers) for number in numbers]
 
 
+def _by_name(read: _Cells, count: int) -> list[float]:
+    """Return the rank of each completion, by its name in a list: that has ranks beside it, or is best first.
+
+    One name that is no list is the best one's; the others tie behind it.
+    """
+    names, cell = _names(read, count), read.cell("ranked")
+    ranked = [_name(read, name, names) for name in (cell if isinstance(cell, list) else [cell])]
+    with_ranks = "ranks" in read.card.columns
+    if not isinstance(cell, list) and not with_ranks:
+        return [float(name not in ranked) for name in names]
+    for name in names:
+        if (times := ranked.count(name)) != 1:
+            raise _Broken(
+                "not every completion ranked once",
+                f"{read.called('ranked')} must have each of {', '.join(map(short, names))} once; seen {short(name)} "
+                f"{times} times",
+            )
+    ranks = read.numbers("ranks", count) if with_ranks else list(map(float, range(count)))
+    return [ranks[ranked.index(name)] for name in names]
+
+
+def _check_order(read: _Cells) -> None:
+    """Raise _Broken if the ranks stand beside the names of the completions, whose order is not theirs."""
+    path, names = read.card.columns["ranks"], names_of(read.card.columns["completions"])
+    if names is None or not isinstance(path, str) or "[]." not in path:
+        return
+    entries = path.rpartition(".")[0]
+    items = value_of(entries, read.cells)
+    for key in items[0] if all(isinstance(item, Mapping) for item in items) else ():
+        if sorted(str(item.get(key)) for item in items) == sorted(names):
+            raise _Broken(
+                "ranks beside names",
+                f"{read.called('ranks')} stands beside {key}, which names the completions; map ranked: {entries}.{key}",
+            )
+
+
+def _names(read: _Cells, count: int) -> list[str]:
+    """Return what the completions are called, no two the same."""
+    cell: Any = read.cell("names") if "names" in read.card.columns else names_of(read.card.columns["completions"])
+    are_names = isinstance(cell, list) and all(isinstance(name, str | int | float) for name in cell)
+    if not are_names or len(cell) != count:
+        raise _Broken(
+            "not one of names for each completion",
+            f"{read.called('names')} must be a list of {count} names; seen {short(cell)}",
+        )
+    names = list(map(str, cell))
+    if len(set(names)) < count:
+        raise _Broken("equal names", f"{read.called('names')} must be different ones; seen {short(cell)}")
+    return names
+
+
+def _name(read: _Cells, cell: Any, names: Sequence[str]) -> str:
+    if not isinstance(cell, str | int | float) or str(cell) not in names:
+        raise _Broken(
+            "ranked by an unknown name",
+            f"{read.called('ranked')} has {short(cell)}, as no completion is called; known: "
+            + ", ".join(map(short, names)),
+        )
+    return str(cell)
+
+
 def _shares(read: _Cells, count: int) -> dict[tuple[int, int], float]:
     """Return the first one's share, of each pair's judgement, from those of all pairs 1-2, 1-3, ..., 2-3, ..."""
     votes = read.cell("comparisons")
@@ -742,15 +838,22 @@ def _wins(shares: Mapping[tuple[int, int], float], count: int) -> list[float]:
 
 
 def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterator[Ranking]:
-    """Yield one ranking for all completions of a prompt (and annotator), where the first of them stood."""
+    """Yield one ranking for all completions of a prompt or group (and annotator), where the first of them stood."""
     groups: dict[tuple[str, str | None], list[_Answer]] = {}
     for row in rows:
-        groups.setdefault((_encode(row.prompt), row.annotator), []).append(row)
-    for group in groups.values():
+        groups.setdefault((row.group or _encode(row.prompt), row.annotator), []).append(row)
+    for whole in groups.values():
+        group = whole[: card.max_completions]
+        for row in whole[len(group) :]:
+            book.leave_out("over max_completions", row.where)
         first, count = group[0], len(group)
         try:
-            if not COMPLETIONS[0] <= count <= COMPLETIONS[1]:
-                raise _Broken("not 2 to 9 completions", f"{count} completions of this prompt; a ranking has 2 to 9")
+            other = next((row for row in whole if row.prompt != first.prompt), None)
+            if other is not None:
+                raise _Broken(
+                    "prompts of a group differ", f"the group {short(first.group)} has another prompt in {other.where}"
+                )
+            _check_count(count, "completions of this prompt")
             numbers = [row.number for row in group]
             rated = "rating" in card.columns
             ranking = _ranked(
@@ -768,6 +871,13 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
             book.drop(problem.reason, f"{first.where}: {problem.detail}", count)
 
 
+def _check_count(count: int, what: str) -> None:
+    """Raise _Broken if so many rows make no ranking."""
+    if not COMPLETIONS[0] <= count <= COMPLETIONS[1]:
+        way = "; max_completions: 9 takes the first nine" * (count > COMPLETIONS[1])
+        raise _Broken("not 2 to 9 completions", f"{count} {what}; a ranking has 2 to 9{way}")
+
+
 @dataclass(frozen=True)
 class _Turn:
     """A row that holds one message of a tree of dialogues."""
@@ -776,13 +886,15 @@ class _Turn:
     parent: str | None
     role: str
     text: str
-    rank: float | None
+    number: float | None
+    """An answer's rank or rating."""
     where: str
     annotator: str | None
 
 
 def _turn(read: _Cells) -> _Turn:
-    role, rank, parent = read.cell("role"), read.cell("rank"), read.cell("parent")
+    name = "rating" if "rating" in read.card.columns else "rank"
+    role, number, parent = read.cell("role"), read.cell(name), read.cell("parent")
     if not isinstance(role, str) or role not in ROLES:
         raise _Broken("unknown role", f"{read.called('role')} must be system, user or assistant; seen {short(role)}")
     return _Turn(
@@ -790,14 +902,14 @@ def _turn(read: _Cells) -> _Turn:
         parent=None if parent in (None, "") else str(parent),
         role=ROLES[role],
         text=read.text("text"),
-        rank=None if rank in (None, "") else read.number("rank", rank),
+        number=None if number in (None, "") or ROLES[role] != "assistant" else read.number(name, number),
         where=read.where,
         annotator=read.annotator(),
     )
 
 
-def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
-    """Yield, for each message with several ranked answers of the assistant, these as a ranking.
+def _threads(rows: Iterable[_Turn], card: DataCard, book: Book) -> Iterator[Ranking]:
+    """Yield, for each message with several ranked or rated answers of the assistant, these as a ranking.
 
     The prompt is the way from the root of the tree to that message. Messages that serve in none are dropped, counted.
     """
@@ -806,19 +918,29 @@ def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
     book.drop_times("repeated message", book.kept_so_far - before_these - len(turns))
     answers: dict[str | None, list[_Turn]] = {}
     for turn in turns.values():
-        if turn.role == "assistant" and turn.rank is not None:
+        if turn.number is not None:
             answers.setdefault(turn.parent, []).append(turn)
     used: set[str] = set()
-    count = 0
-    for group in answers.values():
+    left_out: list[_Turn] = []
+    count, rated = 0, "rating" in card.columns
+    for whole in answers.values():
+        group = whole[: card.max_completions]
+        left_out += whole[len(group) :]
         first = group[0]
         try:
-            if not COMPLETIONS[0] <= len(group) <= COMPLETIONS[1]:
-                raise _Broken("not 2 to 9 completions", f"{len(group)} ranked answers; a ranking has 2 to 9")
+            _check_count(len(group), f"{'rated' if rated else 'ranked'} answers")
             before = _way_to(first.parent, turns)
             prompt = [{"role": turn.role, "content": turn.text} for turn in before]
-            ranks = _ranks([turn.rank for turn in group if turn.rank is not None], best_is_high=False)
-            ranking = _ranked(prompt, [turn.text for turn in group], ranks, None, first.where, first.annotator)
+            numbers = [turn.number for turn in group if turn.number is not None]
+            ranking = _ranked(
+                prompt,
+                [turn.text for turn in group],
+                _ranks(numbers, best_is_high=rated),
+                numbers if rated else None,
+                first.where,
+                first.annotator,
+                card.margin_per_point,
+            )
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", rows=0)
             continue
@@ -826,7 +948,10 @@ def _threads(rows: Iterable[_Turn], book: Book) -> Iterator[Ranking]:
         count += 1
         yield ranking
     book.merged["messages of dialogues"] += len(used) - count
-    book.drop_times("message of no ranking", len(turns) - len(used))
+    left_out = [turn for turn in left_out if turn.id not in used]  # it may be on the way to another prompt
+    for turn in left_out:
+        book.leave_out("over max_completions", turn.where)
+    book.drop_times("message of no ranking", len(turns) - len(used) - len(left_out))
 
 
 def _way_to(message: str | None, turns: Mapping[str, _Turn]) -> list[_Turn]:
@@ -943,10 +1068,11 @@ class _Cells:
         """Return a number, which may be written as text; of ratings one on the card's scale, true being 1."""
         try:
             number = float(cell) if isinstance(cell, str | int | float) else math.nan
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or (isinstance(cell, bool) and name not in ("rating", "ratings")):
-            raise _Broken(f"{name} is no number", f"{self.called(name)} must be a number; seen {short(cell)}")
+            way = "; the names of what is ranked are mapped to ranked" * (name == "ranks" and isinstance(cell, str))
+            raise _Broken(f"{name} is no number", f"{self.called(name)} must be a number; seen {short(cell)}{way}")
         if self.card.scale is not None and name in ("rating", "ratings"):
             lowest, highest = self.card.scale
             if not lowest <= number <= highest:
@@ -975,16 +1101,33 @@ class _Cells:
                 margin = None if cell in (None, "") else float("nan")
             else:
                 margin = float(cell)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             margin = float("nan")
         if margin is not None and not abs(margin) < float("inf"):
             raise _Broken("margin is no number", f"{self.called('margin')} must be a number; seen {short(cell)}")
+        if margin is not None and self.card.columns["margin"] == self.card.columns.get("preferred"):
+            return abs(margin)  # a strength, whose sign says which is better
+        if margin is not None and margin < 0:
+            raise _Broken(
+                "negative margin",
+                f"{self.called('margin')} says by how much the better one is better, 0 or more; seen {margin:g}. Of a "
+                "strength whose sign says which is better, map both margin and preferred to it",
+            )
         return margin
 
     def slices(self) -> dict[str, str]:
         """Return the values of the columns that the card names as slices, None and "" being none."""
         found = {name: value_of(name, self.cells) for name in self.card.slices if is_there(name, self.cells)}
         return {name: str(value) for name, value in found.items() if value not in (None, "")}
+
+    def group(self) -> str | None:
+        """Return the name of the group that the row belongs to, where the card maps one."""
+        if "group" not in self.card.columns:
+            return None
+        cell = self.cell("group")
+        if not isinstance(cell, str | int | float) or cell == "":
+            raise _Broken("no group", f"{self.called('group')} must be text or a number; seen {short(cell)}")
+        return str(cell)
 
     def annotator(self) -> str | None:
         cell = self.cell("annotator") if self.has("annotator") else None
@@ -994,7 +1137,7 @@ class _Cells:
 
 
 def _written(expression: Any) -> str:
-    return expression if isinstance(expression, str) else ", ".join(columns_of(expression))
+    return expression if isinstance(expression, str) else ", ".join(columns_of(expression) or map(str, expression))
 
 
 def _is_within(value: Any, ranges: Sequence[Any]) -> bool:

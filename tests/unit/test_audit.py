@@ -285,6 +285,42 @@ class TestTexts:
         found = look([{"text": "fine <b>text</b> [1]\n\ttwo"}, {"text": text}], "text")
         assert found.suspicious == {what: {"rows": 1, "examples": ["d.jsonl:2"]}}
 
+    @pytest.mark.parametrize("text", ['["a"]', '{"a": "b"}', '[{"role": "user", "content": "Q"}] '])
+    def test_structures_as_texts(self, text):
+        """A text that is a list or object of JSON as a whole, probably a cell of which a part was meant."""
+        fine = {"chosen": "[1] says so", "rejected": "{x} and [y", "completion": "3", "completions": ["[a", "b"]}
+        rows = [{"prompt": "Q", **fine, "ranks": [1, 2]} for _ in range(2)]
+        for kind, key, cell in (
+            ("preferences", "rejected", text), ("demonstrations", "completion", text), ("prompts", "prompt", text),
+            ("rankings", "completions", ["a", text]),
+        ):  # fmt: skip
+            found = look([*rows, {**rows[0], key: cell}], kind)
+            assert found.suspicious == {audits.STRUCTURED: {"rows": 1, "examples": ["d.jsonl:3"]}}
+            assert "column[:] reads a list in a cell" in found.warnings[-1]
+        assert not look([{"text": text}], "text").suspicious
+
+    @pytest.mark.parametrize("text", ["nan", "NaN", "None", "NULL", "null", "N/A", "#N/A", " <NA> "])
+    def test_words_for_nothing(self, text):
+        """A text that is nothing but what programs write where there is nothing."""
+        rows = [{"prompt": "Q", "completion": "None of them", "completions": ["nano", "b"], "ranks": [1, 2]}]
+        for kind, key, cell in (
+            ("demonstrations", "completion", text), ("prompts", "prompt", text),
+            ("rankings", "completions", ["a", text]),
+        ):  # fmt: skip
+            found = look([*rows, {**rows[0], key: cell}], kind)
+            assert found.suspicious == {audits.NOTHING: {"rows": 1, "examples": ["d.jsonl:2"]}}
+
+    def test_rows_that_a_quote_swallows(self):
+        """A cell of a .tsv over several lines is told; with quoting: none there is none, and quotes are text."""
+        Path("d.tsv").write_text('prompt\tcompletion\nP\tx\nQ\t"a\nR\tb"\nS\tc\n')
+        found = look([], "demonstrations", source="d.tsv")
+        assert (found.rows["read"], found.suspicious) == (3, {audits.OVER_LINES: {"rows": 1, "examples": ["d.tsv:3"]}})
+        assert "write quoting: none" in found.warnings[-1]
+        found = look([], "demonstrations", source="d.tsv", quoting="none")
+        assert (found.rows["read"], found.suspicious) == (4, {})
+        Path("d.csv").write_text('prompt,completion\nP,"a\nb"\n')
+        assert not look([], "demonstrations", source="d.csv").suspicious
+
     def test_tokens(self):
         """Counted by the base's own rule: how long rows are, which would be cut, which cannot be."""
         count = lambda prompt, completions: (len(prompt.split()), [len(text.split()) for text in completions])  # noqa: E731

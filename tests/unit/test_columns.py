@@ -36,6 +36,7 @@ ROW = {
         ("prediction 1", "one"),
         ("{info.post} and {list[0].t}\n", "P and p"),
         (["a", "list[0].t"], ["1", "p"]),
+        ([1, 2.5], [1, 2.5]),
         ({"system": "a", "user": "{info.post}!"}, {"system": "1", "user": "P!"}),
     ],
 )

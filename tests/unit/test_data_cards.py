@@ -185,6 +185,14 @@ class TestMessages:
             ({"preferred": {"first": 0, "second": 1, "ties": 2}, "columns": {"preferred": "w"}}, "did you mean tie?"),
             ({"columns": {"first": "a", "chosen": "b", "preferred": "w"}, "preferred": {"first": 0, "second": 1}},
              "preferences have no column chosen, in a card with prompt, first, second"),
+            ({"preferred": {"first": "0..3", "second": "2..5"}, "columns": {"preferred": "w"}},
+             "preferred.second: 0..3 and 2..5 have values in common, which cannot mean first and second"),
+            ({"preferred": {"first": "A", "second": "B", "drop": ["x", "A"]}, "columns": {"preferred": "w"}},
+             "preferred.drop: A cannot mean first and drop"),
+            ({"preferred": {"first": 1, "second": 0, "tie": "1"}, "columns": {"preferred": "w"}},
+             "preferred.tie: 1 cannot mean first and tie"),
+            ({"preferred": {"first": "1..3", "second": "5..7", "tie": 4},
+              "columns": {"preferred": "w", "margin": "w"}}, "so its sign must say which one is better"),
             ({"votes": "majority"}, "votes are counted in a column preferred, which is not mapped"),
             ({"votes": "most", "columns": {"preferred": "w"}, "preferred": {"first": 0, "second": 1}},
              "must be majority or probability"),
@@ -202,6 +210,17 @@ class TestMessages:
             ({"format": "common_prefix", "kind": "demonstrations"}, "common_prefix is for preferences and not for"),
             ({"kind": "rankings", "columns": {"ranks": "r", "comparisons": "c"},
               "preferred": {"first": 0, "second": 1}}, "says again which is better, as ranks does"),
+            ({"kind": "rankings", "columns": {"ranks": "r", "ratings": "c"}}, "again which is better, as ranks does"),
+            ({"kind": "rankings", "columns": {"ranked": "r", "names": "n", "ratings": "c"}}, "as ranked does"),
+            ({"kind": "rankings", "columns": {"ranked": "r"}}, "nothing says what these are called; map names"),
+            ({"kind": "rankings", "columns": {"ranked": "r", "completions": ["a[0]", "b"]}}, "map names"),
+            ({"kind": "rankings", "columns": {"ranked": "r", "completions": ["a.text", "b.text"]}}, "map names"),
+            ({"kind": "rankings", "columns": {"ranks": "r", "names": "n"}}, "are what ranked has in order"),
+            ({"kind": "rankings", "columns": {"ratings": [1, 2]}}, "are for ranks and names"),
+            ({"max_completions": 9}, "is for rankings whose completions have a row each"),
+            ({"max_completions": 9, "kind": "rankings"}, "have a row each; of a list, completions[:9] takes the first"),
+            ({"max_completions": 10, "kind": "rankings", "columns": {"rating": "r"}}, "max_completions: must be"),
+            ({"quoting": "none"}, "is for .csv and .tsv files, of which the source names none"),
             ({"source": "x*.jsonl"}, "there is no file x*.jsonl"),
             ({"source": "../*/a.jsonl"}, "../*/a.jsonl leads out of the card's folder"),
         ],
@@ -299,17 +318,17 @@ def test_the_templates_examples_are_cards(here):
     """What TEMPLATE.md has behind comment marks can be written as it stands there."""
     lines = (ROOT / "data_cards" / "TEMPLATE.md").read_text().splitlines()
     Path("my_pairs.jsonl").write_text("")
-    keys = "columns preferred filters votes scale margin_per_point shared_prompts".split()
+    keys = "columns preferred filters votes scale margin_per_point max_completions shared_prompts".split()
     blocks = [line.removeprefix("  # ") for line in lines if line.startswith(tuple(f"  # {key}: " for key in keys))]
     settings = [read_yaml(block, "TEMPLATE.md").value for block in blocks]
-    first, ratings, ranks, one_by_one = (s["columns"] for s in settings if "columns" in s)
+    first, ratings, ranks, one_by_one, by_name = (s["columns"] for s in settings if "columns" in s)
     rest = {key: value for s in settings if "columns" not in s for key, value in s.items()}
     common = {"source": "my_pairs.jsonl", "filters": rest["filters"], "shared_prompts": rest["shared_prompts"]}
     pairs = {"preferred": rest["preferred"], "votes": rest["votes"]}
     rated = {"scale": rest["scale"], "margin_per_point": rest["margin_per_point"]}
     for kind, columns, more in (
         ("preferences", first, pairs), ("preferences", ratings, rated), ("rankings", ranks, {}),
-        ("rankings", one_by_one, {"scale": rest["scale"]}),
+        ("rankings", one_by_one, {key: rest[key] for key in ("scale", "max_completions")}), ("rankings", by_name, {}),
     ):  # fmt: skip
         assert load_card(write({"kind": kind, "columns": columns, **common, **more})).mapped == set(columns)
 
@@ -323,7 +342,8 @@ VALUES = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 KEYS = st.sampled_from(
-    "kind source format columns heldout filters on_problem templates preferred votes scale margin_per_point x".split()
+    "kind source format columns heldout filters on_problem templates preferred votes scale margin_per_point "
+    "max_completions x".split()
 )
 
 

@@ -36,6 +36,9 @@ ROWS = {
     "PKU-Alignment/PKU-SafeRLHF": [{**TWO, "better_response_id": 0, "safer_response_id": 1}],
     "lmsys/chatbot_arena_conversations": [{**ARENA, "winner": "tie"}],
     "preference.jsonl.gz": [{**TWO, "preference_strength": -2}],
+    "nvidia/HelpSteer3": [
+        {"context": [user("Q")], "response1": "a", "response2": "b", "overall_preference": n} for n in (-3, 0, 2)
+    ],
     "argilla.json": [
         {
             "fields": {"prompt": "Q", "response1": "a", "response2": "b"},
@@ -46,6 +49,23 @@ ROWS = {
         {
             "data": {"prompt": "Q", "answer1": "a", "answer2": "b"},
             "annotations": [{"result": [{"value": {"selected": side}}]} for side in ("left", "right", "left")],
+        }
+    ],
+    "argilla_ranking.json": [
+        {
+            "fields": {"prompt": "Q", "response-1": "a", "response-2": "b"},
+            "responses": {"ranking": [{"value": [{"value": f"response-{n}", "rank": 3 - n} for n in (2, 1)]}]},
+        }
+    ],
+    "label_studio_ranker.json": [formats.TestRankings.LABEL_STUDIO],
+    "allenai/reward-bench-2": [
+        {
+            "prompt": "Q",
+            "chosen": ["a"],
+            "rejected": ["b", "c", "d"],
+            "num_correct": 1,
+            "num_rejected": 3,
+            "subset": "Focus",
         }
     ],
     "openbmb/UltraFeedback": [ULTRA],
@@ -61,6 +81,10 @@ ROWS = {
     ],
     "dev_feedback.json": [{"question": "Q", **{f"prediction {n}": str(n) for n in range(1, 5)}, "preference": [1] * 6}],
     "OpenAssistant/oasst1": formats.TestThreads.ROWS,
+    "comments.jsonl": [{**row, "score": row["rank"]} for row in formats.TestThreads.ROWS],
+    "conversations.jsonl": [
+        {"conversation_id": n // 2, "prompt": "Hi", "response": f"a{n}", "score": n % 2} for n in range(4)
+    ],
     "trl-lib/kto-mix-14k": [
         {"prompt": [user("Q")], "completion": [assistant(text)], "label": text == "a"} for text in "ab"
     ],

@@ -222,8 +222,10 @@ class TestRules:
             ({"prompt": "Q", "chosen": "a"}, "missing column"),
             ({"prompt": "Q\ud800", "chosen": "a", "rejected": "b"}, "text that is not Unicode"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "much"}, "margin is no number"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": 10**400}, "margin is no number"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": True}, "margin is no number"),
             ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is no number"),
+            ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": "-2"}, "negative margin"),
         ],
     )
     def test_error_or_counted(self, here, row, reason):
@@ -513,6 +515,12 @@ class TestFiles:
                 "d.json:1: there is no column prompt: the rows are a list inside the key data",
             ),
             ("d.csv", b'prompt\n"a', "d.csv:2: not CSV: unexpected end of data; is a quote not closed"),
+            (
+                "d.tsv",
+                b'prompt\n"a" b',
+                "d.tsv:2: not CSV: '\\t' expected after '\"'; is a quote not closed, or the file cut off? "
+                "Where quotes are text, a card says quoting: none",
+            ),
             ("d.csv", b"prompt,x\na\n", "d.csv:2: 1 cells under a header of 2"),
             ("d.csv", b"prompt,prompt\na,b\n", "d.csv:1: the header names column prompt twice"),
             (

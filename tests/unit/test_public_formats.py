@@ -258,6 +258,29 @@ class TestPairs:
         with pytest.raises(InputError, match="3 votes; write votes: majority or votes: probability"):
             load([row], **block)
 
+    def test_a_strength_with_a_sign_is_the_margin(self):
+        """HelpSteer3: -3 is as strong as 3; where margin is another column than preferred, it has no sign."""
+        row = {"context": [user("Q")], "response1": "a", "response2": "b"}
+        rows = [{**row, "overall_preference": strength} for strength in (-3, 2, 0)]
+        columns = {"prompt": "context", "first": "response1", "second": "response2", "preferred": "overall_preference"}
+        block = {"kind": "preferences", "preferred": {"first": "-3..-1", "second": "1..3", "tie": 0}}
+        found = load(rows, columns={**columns, "margin": "overall_preference"}, **block).train
+        assert [(row.chosen, row.margin) for row in found] == [("a", 3.0), ("b", 2.0), ("a", 0.0)]
+        with pytest.raises(InputError, match=r"margin \(column points\) says by how much .* seen -3"):
+            load([{**rows[0], "points": -3}], columns={**columns, "margin": "points"}, **block)
+
+    def test_a_vote_and_ratings_that_disagree(self):
+        """Are an error of the row, also of a tie; a vote may part equal ratings, and of many votes one may differ."""
+        row = {"prompt": "Q", "a": "x", "b": "y"}
+        columns = {"first": "a", "second": "b", "preferred": "vote", "ratings": ["s", "t"]}
+        block = {"kind": "preferences", "columns": columns, "preferred": {"first": 1, "second": 2, "tie": 0}}
+        for vote, s, t in ((1, 1, 5), (2, 5, 1), (0, 5, 1), ([1], 1, 5)):
+            with pytest.raises(InputError, match=rf"first is rated {s}, second {t}; where the two need not agree"):
+                load([{**row, "vote": vote, "s": s, "t": t}], **block)
+        agreed = [{**row, "vote": vote, "s": s, "t": t} for vote, s, t in ((1, 5, 1), (2, 3, 3), (0, 3, 3))]
+        assert [row.chosen for row in load(agreed, **block).train] == ["x", "y", "x"]
+        assert load([{**row, "vote": [1, 2, 2], "s": 5, "t": 1}], votes="majority", **block).train[0].chosen == "y"
+
     def test_distilabel_capybara(self):
         """Several turns, the last answers rated."""
         turns = [user("Q"), assistant("A"), user("R")]
@@ -438,6 +461,39 @@ class TestRankings:
         with pytest.raises(InputError, match="1 completions of this prompt; a ranking has 2 to 9"):
             load(HELPSTEER[:1], kind="rankings", columns={"completion": "response", "rating": "helpfulness"})
 
+    def test_groups(self):
+        """Rows of a group are one ranking, though another group has their prompt too; within one it is the same."""
+        rows = [
+            {"id": name, "prompt": "Hi", "answer": text, "score": score, "who": who}
+            for name, text, score, who in ((1, "a", 1, "x"), (2, "b", 2, "x"), (2, "c", 3, "x"), (1, "d", 4, "x"),
+                                           (1, "e", 1, "y"), (1, "f", 1, "y"))
+        ]  # fmt: skip
+        columns = {"completion": "answer", "rating": "score", "annotator": "who", "group": "id"}
+        found = load(rows, kind="rankings", columns=columns)
+        assert [row.completions for row in found.train] == [["a", "d"], ["b", "c"], ["e", "f"]]
+        assert found.counts == {"read": 6, "kept": 3, "merged: completions of one prompt": 3}
+        other = [*rows, {**rows[0], "prompt": "Ho", "answer": "g"}]
+        with pytest.raises(InputError, match=r"d\.json:1: the group 1 has another prompt in d\.json:1#7"):
+            load(other, kind="rankings", columns=columns)
+        for nothing in (None, "", [1]):
+            with pytest.raises(InputError, match=r"group \(column id\) must be text or a number; seen"):
+                load([{**rows[0], "id": nothing}], kind="rankings", columns=columns)
+
+    def test_more_completions_than_nine(self):
+        """Are refused with a way out; the card takes the first so many of each prompt, and the others are counted."""
+        rows = [{"prompt": "PQ"[n % 2], "completion": str(n), "rating": n} for n in range(22)]
+        block = {"kind": "rankings", "columns": {"rating": "rating"}}
+        with pytest.raises(InputError, match=r"11 completions of this prompt; .* max_completions: 9 takes the first"):
+            load(rows, **block)
+        found = load(rows, **block, max_completions=4)
+        assert [row.completions for row in found.train] == [["0", "2", "4", "6"], ["1", "3", "5", "7"]]
+        assert found.counts == {
+            "read": 22,
+            "kept": 2,
+            "dropped: over max_completions": 14,
+            "merged: completions of one prompt": 6,
+        }
+
     def test_summarize_axes(self):
         """One row for each summary, with a rating from 1 to 7 far inside."""
         rows = [
@@ -460,7 +516,7 @@ class TestRankings:
         columns = {"prompt": "question", "completions": "answers[:9].text", "ratings": "answers[:9].pm_score"}
         (row,) = load([{"question": "Q", "answers": answers}], kind="rankings", columns=columns).train
         assert (len(row.completions), row.ranks) == (9, [9, 8, 7, 6, 5, 4, 3, 2, 1])
-        with pytest.raises(InputError, match="12 completions; a ranking has 2 to 9"):
+        with pytest.raises(InputError, match=r"12 completions; a ranking has 2 to 9; \[:9\] behind a list"):
             load(
                 [{"question": "Q", "answers": answers}],
                 kind="rankings",
@@ -484,6 +540,107 @@ class TestRankings:
         assert (found.completions, found.ranks) == (["p1", "p2", "p3", "p4"], [2.0, 1.0, 2.0, 4.0])
         with pytest.raises(InputError, match="must be 6 judgements"):
             load([{**row, "preference": [1]}], **block)
+
+    ANSWERS = {"prompt": "Q", "response-1": "a", "response-2": "b", "response-3": "c"}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("values", "ranks"),
+        [
+            ([("response-2", 1), ("response-3", 2), ("response-1", 3)], [3.0, 1.0, 2.0]),
+            ([("response-3", 1), ("response-1", 2), ("response-2", 2)], [2.0, 2.0, 1.0]),
+        ],
+    )
+    def test_argilla_rankings(self, values, ranks):
+        """Names in the order of their ranks, with the ranks beside them: version 1's export, and version 2's."""
+        said = [{"user_id": "u", "value": [{"value": name, "rank": rank} for name, rank in values]}]
+        names = ["response-1", "response-2", "response-3"]
+        one = load(
+            [{**self.ANSWERS, "ranking": said}],
+            kind="rankings",
+            columns={"completions": names, "ranked": "ranking[0].value[].value", "ranks": "ranking[0].value[].rank"},
+        )
+        two = load(
+            [{"fields": self.ANSWERS, "responses": {"ranking": said}}],
+            kind="rankings",
+            columns={
+                "prompt": "fields.prompt",
+                "completions": [f"fields.{name}" for name in names],
+                "ranked": "responses.ranking[0].value[].value",
+                "ranks": "responses.ranking[0].value[].rank",
+            },
+        )
+        assert one.train == two.train == [Ranking("Q", ["a", "b", "c"], ranks, "d.json:1")]
+        with pytest.raises(InputError, match=r"names the completions; map ranked: ranking\[0\].value\[\].value"):
+            load(
+                [{**self.ANSWERS, "ranking": said}],
+                kind="rankings",
+                columns={"completions": names, "ranks": "ranking[0].value[].rank"},
+            )
+
+    LABEL_STUDIO = {  # noqa: RUF012
+        "data": {"prompt": "Q", "items": [{"id": name, "title": name, "body": f"text {name}"} for name in "ABC"]},
+        "annotations": [{"result": [{"value": {"ranker": {"rank": ["B", "C", "A"]}}}]}],
+    }
+    RANKER = {  # noqa: RUF012
+        "prompt": "data.prompt",
+        "completions": "data.items[].body",
+        "names": "data.items[].id",
+        "ranked": "annotations[0].result[0].value.ranker.rank",
+    }
+
+    def test_label_studio_ranker(self):
+        """Names, best first."""
+        (row,) = load([self.LABEL_STUDIO], kind="rankings", columns=self.RANKER).train
+        assert row == Ranking("Q", ["text A", "text B", "text C"], [3.0, 1.0, 2.0], "d.json:1")
+
+    def test_numbers_as_names(self):
+        """Positions, from 0 or from 1 as the card says; one alone is the best, the others tie behind it."""
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c"], "order": [2, 0, 1], "best": 1}]
+        block = {"kind": "rankings", "columns": {"names": [0, 1, 2], "ranked": "order"}}
+        assert load(rows, **block).train[0].ranks == [2.0, 3.0, 1.0]
+        block["columns"]["ranked"] = "best"
+        assert load(rows, **block).train[0].ranks == [2.0, 1.0, 2.0]
+        block["columns"]["names"] = [1, 2, 3]
+        assert load(rows, **block).train[0].ranks == [1.0, 2.0, 2.0]
+
+    def test_completions_that_stand_best_first(self):
+        """Are called by their own texts."""
+        columns = {"completions": "answers", "names": "answers", "ranked": "answers"}
+        (row,) = load([{"prompt": "Q", "answers": ["b", "c", "a"]}], kind="rankings", columns=columns).train
+        assert (row.completions, row.ranks) == (["b", "c", "a"], [1.0, 2.0, 3.0])
+
+    @pytest.mark.parametrize(
+        ("ranked", "names", "said"),
+        [
+            (["B", "A"], "ABC", "must have each of A, B, C once; seen C 0 times"),
+            (["B", "A", "C", "B"], "ABC", "must have each of A, B, C once; seen B 2 times"),
+            (["B", "A", "D"], "ABC", "has D, as no completion is called; known: A, B, C"),
+            (None, "ABC", r"has nothing \(null\), as no completion is called"),
+            (["B", "A"], "AB", "must be a list of 3 names; seen"),
+            (["B", "A"], "ABA", "must be different ones"),
+            (["B", "A"], ["A", "B", None], "must be a list of 3 names"),
+        ],
+    )
+    def test_names_that_do_not_fit(self, ranked, names, said):
+        """Are an error of the row: unknown, missing or twice, of the completions or in the ranking."""
+        rows = [{"prompt": "Q", "completions": ["a", "b", "c"], "names": list(names), "ranked": ranked}]
+        with pytest.raises(InputError, match=said):
+            load(rows, kind="rankings", columns={"names": "names", "ranked": "ranked"})
+
+    def test_one_name_with_ranks(self):
+        """Ranks belong to a list of names, one for each."""
+        rows = [{"prompt": "Q", "a": "x", "b": "y", "ranked": "b", "ranks": [1, 2]}]
+        with pytest.raises(InputError, match="must have each of a, b once; seen a 0 times"):
+            load(rows, kind="rankings", columns={"completions": ["a", "b"], "ranked": "ranked", "ranks": "ranks"})
+
+    def test_rewardbench_2(self):
+        """One good answer and three bad ones: ranks that are the same in each row."""
+        row = {"prompt": "Q", "chosen": ["a"], "rejected": ["b", "c", "d"]}
+        columns = {"completions": ["chosen[0]", *(f"rejected[{n}]" for n in range(3))], "ranks": [1, 2, 2, 2]}
+        (found,) = load([row], kind="rankings", columns=columns).train
+        assert (found.completions, found.ranks) == (["a", "b", "c", "d"], [1.0, 2.0, 2.0, 2.0])
+        with pytest.raises(InputError, match=r"ranks \(1, 2\) must be a list of 4 numbers"):
+            load([row], kind="rankings", columns={**columns, "ranks": [1, 2]})
 
     def test_ranks_and_ratings_together(self):
         """Which of the two counts is for the card to say."""
@@ -543,6 +700,28 @@ class TestThreads:
             "dropped: filters.where.lang": 1,
             "dropped: message of no ranking": 2,  # p3 and c1
             "merged: messages of dialogues": 5,  # p1, a1, a2, p2, b1, b2, b3 less the two kept
+        }
+
+    def test_ratings(self):
+        """The highest is the best, and only answers have one that counts; the ratings make margins."""
+        rows = [{**row, "score": row["rank"]} for row in self.ROWS[:7]]
+        columns = {**self.BLOCK["columns"], "rating": "score"}
+        found = load([{**rows[0], "score": "?"}, *rows[1:]], **{**self.BLOCK, "columns": columns}, margin_per_point=2)
+        (first, second) = found.train
+        assert (first.ranks, first.ratings, first.margin_per_point) == ([1.0, 2.0], [1.0, 0.0], 2.0)
+        assert (second.ranks, second.ratings) == ([3.0, 1.0, 2.0], [0.0, 2.0, 1.0])
+
+    def test_more_answers_than_nine(self):
+        """Are refused with a way out; those over what the card takes are counted if they lead to no other prompt."""
+        rows = [*self.ROWS[:7], *(message(f"a{n}", "p1", "assistant", float(n)) for n in range(3, 12))]
+        with pytest.raises(InputError, match=r"11 ranked answers; .* max_completions: 9 takes the first nine"):
+            load(rows, **self.BLOCK)
+        rows.insert(1, rows.pop())  # a11 and a1 are the first two
+        assert load(rows, **self.BLOCK, max_completions=2).counts == {
+            "read": 16,
+            "kept": 2,
+            "dropped: over max_completions": 9,  # a3 to a10, and b3; a2 is on the way to p2
+            "merged: messages of dialogues": 5,  # p1, a11, a1, a2, p2, b1, b2 less the two kept
         }
 
     def test_a_message_that_is_missing(self):
