@@ -4,17 +4,19 @@
     info.post                      a field inside of it
     summaries[0].text              an element of a list; [-1] is the last one
     completions[].overall_score    of every element, as a list; [:9] of the first nine
-    "{instruction}\\n{input}"       a template over several of them
+    "{instruction}\\n{input?}"      a template over several of them; one with ? may be missing or null
     [answer_1, answer_2]           a list of them
-    {system: sys, user: question}  chat messages, for prompts
+    {system: sys?, user: question} chat messages, for prompts; {system: {text: Be brief.}} for one text in all rows
 
 Where a path goes into a text, the text is read as JSON, which is how .csv files hold lists. A column whose own name is
-written like a path (`preference.responses`) is taken before the way into another.
+written like a path (`preference.responses`, `Better?`) is taken before the way into another. Braces of a template's own
+are written twice: {{ and }}.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -22,16 +24,28 @@ from typing import Any
 
 from rlhf_kit.errors import did_you_mean
 
-__all__ = ["ROLES", "Expression", "Missing", "columns_of", "fault", "is_there", "value_of"]
+__all__ = [
+    "ROLES",
+    "Expression",
+    "Missing",
+    "columns_of",
+    "fault",
+    "is_there",
+    "optional_columns",
+    "optional_value",
+    "value_of",
+]
 
-Expression = str | list[str] | dict[str, str]
+Constant = dict[str, str]
+"""{"text": ...}: what every row has, and no column."""
+Expression = str | list[str] | dict[str, str | Constant]
 Step = str | int | slice
 
 ROLES = ("system", "history", "user")
 """Keys of a prompt's chat messages: history is a list of messages, or of pairs of question and answer."""
 
 _STEP = re.compile(r"\.([^.\[\]{}]+)|\[(-?\d{1,9})\]|\[(?:(-?\d{1,9})?:(-?\d{1,9})?)?\]")
-_BRACES = re.compile(r"\{([^{}]+)\}")
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 class Missing(LookupError):
@@ -64,19 +78,36 @@ def path_of(text: str) -> tuple[Step, ...]:
 
 @lru_cache(maxsize=1024)
 def template_columns(template: str) -> tuple[str, ...]:
-    """Return what a template such as "{instruction}\\n{input}" names in braces; nothing if it is not a template."""
-    parts = _BRACES.split(template)
-    return () if any("{" in text or "}" in text for text in parts[::2]) else tuple(parts[1::2])
+    """Return what a template such as "{instruction}\\n{input?}" names in braces, as it is written there; nothing if it
+    is not a template."""
+    rest = _BRACES.sub("", template)
+    return () if "{" in rest or "}" in rest else tuple(path for path in _BRACES.findall(template) if path)
 
 
 def columns_of(expression: Expression) -> list[str]:
-    """Return the paths that an expression is made of, templates taken apart."""
+    """Return the paths that an expression is made of, templates taken apart, less those that a row may lack."""
+    return [path for path, optional in _paths(expression) if not optional]
+
+
+def optional_columns(expression: Expression) -> list[str]:
+    """Return the paths that a row may lack, with their question marks."""
+    return [path for path, optional in _paths(expression) if optional]
+
+
+def _paths(expression: Expression, of_messages: bool = False) -> list[tuple[str, bool]]:
+    """Return paths and whether a row may lack them: a question mark means that in templates and in messages only."""
     match expression:
         case str():
-            return list(template_columns(expression)) or [expression]
+            if names := template_columns(expression):
+                return [(path, path.endswith("?")) for path in names]
+            return [(expression, of_messages and _ends_optional(expression))]
         case list():
-            return [path for part in expression for path in columns_of(part)]
-    return [path for part in expression.values() for path in columns_of(part)]
+            return [path for part in expression for path in _paths(part)]
+    return [path for part in _parts(expression) for path in _paths(part, of_messages=True)]
+
+
+def _ends_optional(part: str) -> bool:
+    return part.endswith("?") and not template_columns(part)
 
 
 def fault(expression: Expression) -> str | None:
@@ -87,14 +118,20 @@ def fault(expression: Expression) -> str | None:
             return f"a prompt of messages has {', '.join(ROLES)}, not {unknown[0]}"
         if "user" not in expression and "history" not in expression:
             return "a prompt of messages needs user: what is asked"
+        if isinstance(user := expression.get("user"), str) and _ends_optional(user):
+            return "what the user asks cannot be missing; take the ? off"
+        own = {role: text for role, text in expression.items() if isinstance(text, dict)}
+        if any(role != "system" or text.keys() != {"text"} for role, text in own.items()):
+            return "a text of the card's own is system: {text: Be brief.}"
     for part in [expression] if isinstance(expression, str) else _parts(expression):
         if ("{" in part or "}" in part) and not template_columns(part):
-            return 'a template names columns in braces, such as "{instruction} {input}"'
+            return 'a template names columns in braces, such as "{instruction} {input}", its own braces being {{ and }}'
     return None
 
 
-def _parts(expression: list[str] | dict[str, str]) -> list[str]:
-    return expression if isinstance(expression, list) else list(expression.values())
+def _parts(expression: list[str] | dict[str, str | Constant]) -> list[str]:
+    parts = expression if isinstance(expression, list) else expression.values()
+    return [part for part in parts if isinstance(part, str)]
 
 
 def is_there(path: str, cells: Mapping[str, Any]) -> bool:
@@ -117,17 +154,41 @@ def value_of(expression: Expression, cells: Mapping[str, Any], *, gaps: bool = F
         if not names:
             return _walk(cells, path_of(expression), expression, gaps)
         filled = {name: _filled(name, cells) for name in names}
-        return _BRACES.sub(lambda match: filled[match[1]], expression).strip()
+        return _BRACES.sub(lambda match: filled[match[1]] if match[1] else match[0][0], expression).strip()
     if isinstance(expression, list):
         return [value_of(part, cells) for part in expression]
-    return {role: value_of(part, cells) for role, part in expression.items()}
+    return {role: _of_messages(part, cells) for role, part in expression.items()}
+
+
+def optional_value(path: str, cells: Mapping[str, Any]) -> Any:
+    """Return the value where a path with a question mark leads, None if the row does not have it."""
+    try:
+        return value_of(path if path in cells else path.removesuffix("?"), cells)
+    except Missing:
+        return None
+
+
+def _of_messages(part: str | Constant, cells: Mapping[str, Any]) -> Any:
+    if isinstance(part, dict):
+        return part["text"]
+    return optional_value(part, cells) if _ends_optional(part) else value_of(part, cells)
 
 
 def _filled(name: str, cells: Mapping[str, Any]) -> str:
-    value = cells[name] if name in cells else _walk(cells, path_of(name), name)
+    """Return the text that a part of a template becomes; numbers, true and false are written as in JSON."""
+    optional = name.endswith("?")
+    mend = f"; write {{{name}?}} where rows may lack it"
+    try:
+        value = optional_value(name, cells) if optional else value_of(name, cells)
+    except Missing as missing:
+        raise Missing(missing.reason, missing.detail + mend) from None
+    if value is None and optional:
+        return ""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return json.dumps(value)
     if not isinstance(value, str):
         seen = "nothing (null)" if value is None else json.dumps(value, ensure_ascii=False, default=str)[:80]
-        raise Missing("non-text cell", f"column {name} must be text; seen {seen}")
+        raise Missing("non-text cell", f"column {name} must be text; seen {seen}{mend if value is None else ''}")
     return value
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from rlhf_kit.columns import Expression, fault, template_columns
+from rlhf_kit.columns import Expression, fault, optional_columns, template_columns
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml
 from rlhf_kit.recipe import STAGE_KINDS
@@ -129,7 +129,7 @@ _RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}")
 
 def _column(written: Any) -> Any:
     if isinstance(written, list | dict):
-        parts = written.values() if isinstance(written, dict) else written
+        parts = _texts_of(written) if isinstance(written, dict) else written
         if written and all(isinstance(part, str) and part for part in parts):
             return written
         raise PydanticCustomError("unexpected", "{expected}", {"expected": "columns, written as text"})
@@ -140,6 +140,11 @@ def _column(written: Any) -> Any:
         if written == ""
         else PydanticKnownError("string_type")
     )
+
+
+def _texts_of(messages: dict[str, Any]) -> list[Any]:
+    """Return what messages are made of, texts of the card's own as such."""
+    return [part["text"] if isinstance(part, dict) and "text" in part else part for part in messages.values()]
 
 
 def _scale(written: Any) -> Any:
@@ -191,6 +196,8 @@ class DataCard:
     """Those of our names that the card maps itself."""
     templates: Mapping[str, str]
     """Prompts over several columns, by name, of which each row draws one."""
+    optional: tuple[str, ...]
+    """What of both a row may lack, with question marks."""
     preferred: Preferred | None
     votes: Literal["majority", "probability"] | None
     scale: tuple[float, float] | None
@@ -320,6 +327,8 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
     if problems:
         raise InputError(front.messages(problems))
     block = _Block.model_validate(raw)
+    columns = _columns(raw)
+    ways = [*columns.values(), *block.templates.values()]
     assert sources is not None and heldout is not None
     return DataCard(
         path=path,
@@ -327,9 +336,10 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         kind=block.kind,
         sources=sources,
         format=block.format,
-        columns=_columns(raw),
+        columns=columns,
         mapped=frozenset(block.columns),
         templates=block.templates,
+        optional=tuple(dict.fromkeys(path for way in ways for path in optional_columns(way))),
         preferred=block.preferred,
         votes=block.votes,
         scale=None if block.scale is None else (block.scale[0], block.scale[1]),
@@ -468,7 +478,7 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
 
 def _is_written(theirs: Any) -> bool:
     """Return whether a column is text or made of texts; what else it may be is told already."""
-    parts = theirs.values() if isinstance(theirs, dict) else theirs if isinstance(theirs, list) else [theirs]
+    parts = _texts_of(theirs) if isinstance(theirs, dict) else theirs if isinstance(theirs, list) else [theirs]
     return all(isinstance(part, str) for part in parts)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
-from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
+from rlhf_kit.columns import Missing, columns_of, is_there, optional_columns, optional_value, template_columns, value_of
 from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, range_of
 from rlhf_kit.data_files import file_rows, hub_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
@@ -431,6 +431,8 @@ def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book)
     else:
         book.noted["votes left out, others on the pair counted"] += read.votes_left_out
         book.noted["judgements of equal, ordered by the others"] += read.ordered_draws
+        gaps = (path for path in card.optional if optional_value(path, cells) is None)
+        book.noted.update(f"{path} is missing or null, read as no text" for path in gaps)
         book.sides.update("tie" if vote == 0.5 else "first" if vote > 0.5 else "second" for vote in read.votes)
         return rows
     return []
@@ -476,7 +478,7 @@ def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
     if not card.mapped & set(judged) and _has(card, "ranks", cells) and _has(card, "ratings", cells):
         problems.append(f"{where}: there are columns ranks and ratings; map the one that counts in {card.path}")
     for name, template in card.templates.items():
-        missing = [path for path in template_columns(template) if not is_there(path, cells)]
+        missing = [path for path in columns_of(template) if not is_there(path, cells)]
         if missing:
             near = did_you_mean(missing[0], cells).replace("; known", "; columns")
             problems.append(f"{where}: there is no column {missing[0]}, which template {name} takes{near}")
@@ -503,6 +505,9 @@ def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]
     if not others and isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
         return f"column {missing}: the rows are a list inside the key {only}; write that list alone into the file"
     what = f"column {missing}, which the card takes for {name}" if name in card.mapped else f"column {name}"
+    theirs = card.columns[name]
+    if isinstance(theirs, dict) and theirs.get("system") == missing and " " in missing:
+        return f"column {missing!r}; where that is the text itself, write system: {{text: {missing}}}"
     near = did_you_mean(missing, cells)
     seen = "" if near.startswith("; known") else f" (columns: {', '.join(map(str, cells))})"
     mend = "" if name in card.mapped else f"; map it in {card.path}: columns: {{{name}: <their name>}}"
@@ -994,7 +999,11 @@ class _Cells:
 
 
 def _written(expression: Any) -> str:
-    return expression if isinstance(expression, str) else ", ".join(columns_of(expression))
+    return (
+        expression
+        if isinstance(expression, str)
+        else ", ".join([*columns_of(expression), *optional_columns(expression)])
+    )
 
 
 def _is_within(value: Any, ranges: Sequence[Any]) -> bool:
@@ -1017,7 +1026,7 @@ def _drawn(templates: Mapping[str, str], cells: Mapping[str, Any]) -> str:
     the others and moves none between them.
     """
     names = sorted({path for template in templates.values() for path in template_columns(template)})
-    taken = _encode([value_of(path, cells) for path in names])
+    taken = _encode([optional_value(path, cells) if path.endswith("?") else value_of(path, cells) for path in names])
     drawn = max(
         templates, key=lambda name: hashlib.sha256(f"{name}\0{taken}".encode("utf-8", "surrogatepass")).digest()
     )

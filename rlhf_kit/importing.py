@@ -112,7 +112,7 @@ def _kind_and_columns(entry: Mapping[str, Any], columns: Mapping[str, str], styl
     prompt: Any
     if style in MESSAGES:
         talk = columns.get("messages", MESSAGES[style])
-        system = {"system": columns["system"]} if columns.get("system") else {}
+        system = {"system": f"{columns['system']}?"} if columns.get("system") else {}
         prompt = {**system, "history": talk}
         if not entry.get("ranking"):
             begin = {"prompt": {**system, "history": f"{talk}[:-1]"}} if system else {}
@@ -123,8 +123,8 @@ def _kind_and_columns(entry: Mapping[str, Any], columns: Mapping[str, str], styl
             raise InputError(f"an entry in alpaca format needs columns.prompt; seen {dict(columns)}")
         if not entry.get("ranking") and not columns.get("response"):
             return {"kind": "text", "columns": {"text": asked[0]}}
-        user = asked[0] if len(asked) == 1 else "\n".join(f"{{{column}}}" for column in asked)
-        before = {key: columns[key] for key in ("system", "history") if columns.get(key)}
+        user = asked[0] if len(asked) == 1 else f"{{{asked[0]}}}\n{{{asked[1]}?}}"
+        before = {key: f"{columns[key]}?" for key in ("system", "history") if columns.get(key)}
         prompt = {**before, "user": user}
         if not entry.get("ranking"):
             return {"kind": "demonstrations", "columns": {"prompt": prompt, "completion": columns["response"]}}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kit.columns import Missing, columns_of, fault, path_of, value_of
+from rlhf_kit.columns import Missing, columns_of, fault, optional_columns, path_of, value_of
 
 ROW = {
     "a": "1",
@@ -15,6 +15,12 @@ ROW = {
     "list": [{"t": "p", "n": {"m": 1}}, {"t": "q", "n": {"m": 2}}, {"t": "r", "n": {"m": 3}}],
     "json": '[{"t": "in text"}]',
     "prediction 1": "one",
+    "Better?": "yes",
+    "sure": 1,
+    "null": None,
+    "n": 1999,
+    "x": 0.5,
+    "yes": True,
 }
 
 
@@ -35,7 +41,16 @@ ROW = {
         ("json[0].t", "in text"),
         ("prediction 1", "one"),
         ("{info.post} and {list[0].t}\n", "P and p"),
+        ("{a}\n{none?}\n{info.none?}{null?}", "1"),  # the white space goes, as at any end
+        ("{a}{Better?} {sure?}", "1yes 1"),  # with and without a column that is called so
+        ("{n} {x} {yes}", "1999 0.5 true"),
+        (r"\boxed{{{a}}} and {{a}}", r"\boxed{1} and {a}"),
         (["a", "list[0].t"], ["1", "p"]),
+        (
+            {"system": "none?", "history": "null?", "user": "{a} ok?"},
+            {"system": None, "history": None, "user": "1 ok?"},
+        ),
+        ({"system": {"text": "{a}"}, "user": "a"}, {"system": "{a}", "user": "1"}),
         ({"system": "a", "user": "{info.post}!"}, {"system": "1", "user": "P!"}),
     ],
 )
@@ -54,13 +69,18 @@ def test_values(written, value):
         ("prediction 1.x", "goes into a text, which is not JSON"),
         ("list[].x", "there is no x"),
         ("{list}", "column list must be text"),
+        ("{list?}", "column list? must be text"),
+        ("{null}", "column null must be text; seen nothing (null); write {null?} where rows may lack it"),
+        ("{none}", "there is no none in this row"),
+        ("{inf}", "column inf must be text; seen Infinity"),
         ("list.t", "inside no mapping"),
     ],
 )
 def test_what_is_not_there(written, said):
     """One message that names the place."""
+    row = {key: value for key, value in ROW.items() if key != "a.b"}
     with pytest.raises(Missing) as caught:
-        value_of(written, {key: value for key, value in ROW.items() if key != "a.b"})
+        value_of(written, {**row, "inf": float("inf")})
     assert said in caught.value.detail
 
 
@@ -68,7 +88,15 @@ def test_columns_and_faults():
     """The columns that a card needs, and what is written wrongly."""
     assert columns_of({"system": "s", "user": "{a.b} {c}"}) == ["s", "a.b", "c"]
     assert columns_of(["x[0]", "y"]) == ["x[0]", "y"]
+    assert columns_of({"system": "s?", "history": {"text": "h"}, "user": "{a?} {b}?"}) == ["b"]
+    assert optional_columns({"system": "s?", "user": "{a?} {b}?"}) == ["s?", "a?"]
+    assert (columns_of("Better?"), optional_columns(["Better?"])) == (["Better?"], [])
     assert fault("{a") is not None and fault("a[0].b") is None
+    assert "its own braces being {{ and }}" in str(fault(r"\boxed{}: {a}")) and fault("{{a}} {b}") is None
+    assert fault({"user": "q?"}) == "what the user asks cannot be missing; take the ? off"
+    assert fault({"user": "{q}?"}) is fault({"system": {"text": "x"}, "user": "q"}) is None
+    for parts in ({"system": {"txt": "x"}, "user": "q"}, {"user": {"text": "x"}}):
+        assert fault(parts) == "a text of the card's own is system: {text: Be brief.}"
     assert fault({"assistant": "a"}) == "a prompt of messages has system, history, user, not assistant"
     assert fault({"system": "a"}) == "a prompt of messages needs user: what is asked"
 

@@ -98,6 +98,25 @@ class TestKinds:
         found = load(rows, "demonstrations", columns=columns).train
         assert [(row.prompt, row.completion) for row in found] == [("Add\n1, 2", " 3 "), ("Sing", "la")]
 
+    def test_parts_that_may_be_missing(self, here):
+        """What has a ? reads as no text where it is missing or null, which is counted; else that is an error."""
+        rows = [{"ask": "Add", "with": "1"}, {"ask": "Sing", "with": None}, {"ask": "Hum"}]
+        columns = {"prompt": "{ask}\n{with?}"}
+        found = load(rows, "prompts", columns=columns)
+        assert [row.prompt for row in found.train] == ["Add\n1", "Sing", "Hum"]
+        assert found.counts["noted: with? is missing or null, read as no text"] == 2
+        assert load(rows, "prompts", templates={"one": columns["prompt"]}).train == found.train
+        first, second, _ = wrong(rows, "prompts", columns={"prompt": "{ask}\n{with}"})
+        assert all("write {with?} where rows may lack it" in message for message in (first, second))
+
+    def test_a_system_text_of_the_cards_own(self, here):
+        """The same in every row; a text where a column should stand is told how it is written."""
+        prompt = {"system": {"text": "Be {brief}."}, "user": "prompt"}
+        (row,) = load([{"prompt": "Q"}], "prompts", columns={"prompt": prompt}).train
+        assert row.prompt == [{"role": "system", "content": "Be {brief}."}, user("Q")]
+        (message,) = wrong([{"prompt": "Q"}], "prompts", columns={"prompt": {**prompt, "system": "Be brief."}})
+        assert message.endswith("where that is the text itself, write system: {text: Be brief.}")
+
     def test_a_template_does_not_fill_in_twice(self, here):
         """Braces in the data stay as they are."""
         (row,) = load([{"a": "{b}", "b": "{a}"}], "prompts", columns={"prompt": "{a} {b}"}).train

@@ -52,6 +52,8 @@ def test_alpaca():
     first, second = rows_of({"columns": columns}, rows)
     assert first.prompt == [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), user("Add.")]
     assert second.prompt == [user("Add.\n1, 2")]
+    gaps = [{**ALPACA, "input": None, "sys": None, "past": None}, {"instruction": "Add.", "output": "3"}]
+    assert [row.prompt for row in rows_of({"columns": columns}, gaps)] == [[user("Add.")]] * 2
 
 
 def test_alpaca_rankings():
