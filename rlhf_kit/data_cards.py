@@ -154,8 +154,16 @@ def _scale(written: Any) -> Any:
     raise PydanticCustomError("unexpected", "{expected}", {"expected": "the lowest and the highest rating: [1, 7]"})
 
 
+def _names(written: Any) -> Any:
+    names = written if isinstance(written, list) else [written]
+    if names and all(isinstance(name, str | int) and not isinstance(name, bool) and name != "" for name in names):
+        return [str(name).lower() for name in names]
+    raise PydanticCustomError("unexpected", "{expected}", {"expected": "a name in the data or a list of names"})
+
+
 Scale = Annotated[list[float], BeforeValidator(_scale)]
 Values = Annotated[list[Any], BeforeValidator(_values)]
+Names = Annotated[list[str], BeforeValidator(_names)]
 _Column = Annotated[Any, BeforeValidator(_column)]
 
 
@@ -181,6 +189,18 @@ class Preferred(Settings):
     """Values whose rows are left out, and counted."""
 
 
+class Roles(Settings):
+    """Whose words a message holds, by the names that the data has for them, in upper case or lower; beside those that
+    are known."""
+
+    system: Names = Field(default=[])
+    """Names of whoever sets the scene."""
+    user: Names = Field(default=[])
+    """Names of whoever asks."""
+    assistant: Names = Field(default=[])
+    """Names of whoever answers, as the model is to."""
+
+
 @dataclass(frozen=True)
 class DataCard:
     """What a card says. `path` and `sources` open from the working directory."""
@@ -198,6 +218,8 @@ class DataCard:
     """Prompts over several columns, by name, of which each row draws one."""
     optional: tuple[str, ...]
     """What of both a row may lack, with question marks."""
+    roles: Mapping[str, str]
+    """The data's names, in lower case, of those who speak in messages -> ours; beside the ones that are known."""
     preferred: Preferred | None
     votes: Literal["majority", "probability"] | None
     scale: tuple[float, float] | None
@@ -258,6 +280,8 @@ class _Block(Settings):
     """Our name: where the value stands in a row. Names that agree need not be listed."""
     templates: dict[str, Text] = Field(default={})
     """Name: a prompt over several columns; each row draws one, by its content."""
+    roles: Roles = Roles()
+    """Ours: what the data calls those who speak in messages, where it is not a name that is known."""
     preferred: Preferred | None = None
     """What the values of the column `preferred`, or of `comparisons`, mean."""
     votes: Literal["majority", "probability"] | None = None
@@ -313,7 +337,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
     front, text = _front_matter(path)
     metadata = front.value
     raw = dict(metadata["rlhf_kit"])
-    for name in ("filters", "columns", "templates"):
+    for name in ("filters", "columns", "templates", "roles"):
         if name in raw and raw[name] is None:  # its every key commented out
             raw[name] = {}
     metadata["rlhf_kit"] = raw
@@ -324,6 +348,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         sources = _sources(raw["source"], ("rlhf_kit", "source"), places, front, problems)
     heldout = _heldout(raw.get("heldout", 0.1), sources, places, front, problems)
     problems += _column_problems(raw, front)
+    problems += _role_problems(raw.get("roles"))
     if problems:
         raise InputError(front.messages(problems))
     block = _Block.model_validate(raw)
@@ -340,6 +365,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         mapped=frozenset(block.columns),
         templates=block.templates,
         optional=tuple(dict.fromkeys(path for way in ways for path in optional_columns(way))),
+        roles={name: role for role, names in block.roles for name in names},
         preferred=block.preferred,
         votes=block.votes,
         scale=None if block.scale is None else (block.scale[0], block.scale[1]),
@@ -397,7 +423,7 @@ def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, ma
             if loc[:3] == ("rlhf_kit", "filters", "where") and len(loc) > 3:
                 yield loc[:4], f"must be a value or a list of values; seen {marked.seen(loc[:4])}"
                 continue
-            inner: Mapping[str, type[Settings]] = {"filters": Filters, "preferred": Preferred}
+            inner: Mapping[str, type[Settings]] = {"filters": Filters, "preferred": Preferred, "roles": Roles}
             key, inside = str(loc[-1]), inner.get(str(loc[-2]), settings)
             match error["type"]:
                 case "extra_forbidden":
@@ -474,6 +500,16 @@ def _column_problems(raw: Mapping[str, Any], marked: MarkedYaml) -> Iterator[Pro
     if isinstance(templates, dict) and templates:
         yield from _template_problems(templates, columns, shape, kind, marked)
     yield from _judgement_problems(raw, columns, shape)
+
+
+def _role_problems(roles: Any) -> Iterator[Problem]:
+    """Yield names that are given to two roles; what else may be wrong with them is told already."""
+    said: dict[str, str] = {}
+    for role, names in roles.items() if isinstance(roles, dict) else ():
+        for name in names if isinstance(names, list) else [names]:
+            before = said.setdefault(str(name).lower(), role)
+            if before != role:
+                yield ("rlhf_kit", "roles", role), f"gives {name} to {role}, and {before} has it; keep one"
 
 
 def _is_written(theirs: Any) -> bool:

@@ -788,12 +788,10 @@ class _Turn:
 
 def _turn(read: _Cells) -> _Turn:
     role, rank, parent = read.cell("role"), read.cell("rank"), read.cell("parent")
-    if not isinstance(role, str) or role not in ROLES:
-        raise _Broken("unknown role", f"{read.called('role')} must be system, user or assistant; seen {short(role)}")
     return _Turn(
         id=str(read.cell("id")),
         parent=None if parent in (None, "") else str(parent),
-        role=ROLES[role],
+        role=_role(role, read.called("role"), read.card.roles),
         text=read.text("text"),
         rank=None if rank in (None, "") else read.number("rank", rank),
         where=read.where,
@@ -893,8 +891,10 @@ class _Cells:
             return _text(_drawn(self.card.templates, self.cells), "prompt", "prompt")
         prompt = self.cell("prompt")
         if isinstance(prompt, list):
-            return _messages(prompt, self.called("prompt"))
-        return _chat(prompt, self.called("prompt")) if isinstance(prompt, dict) else self.text("prompt")
+            return _messages(prompt, self.called("prompt"), self.card.roles)
+        if isinstance(prompt, dict):
+            return _chat(prompt, self.called("prompt"), self.card.roles)
+        return self.text("prompt")
 
     def prompt_and_answers(self, names: Sequence[str]) -> tuple[Prompt, list[str]]:
         """Return the prompt and the texts of the answers, which may be given as messages or as whole dialogues."""
@@ -905,7 +905,10 @@ class _Cells:
         if not all(isinstance(cell, list | dict) for _, _, cell in answers):
             texts = [_text(cell, name, called) for name, called, cell in answers]  # raises if one is messages
             return self.prompt(), texts
-        dialogues = [_messages([cell] if isinstance(cell, dict) else cell, called) for _, called, cell in answers]
+        roles = self.card.roles
+        dialogues = [
+            _messages([cell] if isinstance(cell, dict) else cell, called, roles) for _, called, cell in answers
+        ]
         for (_, called, _), dialogue in zip(answers, dialogues, strict=True):
             if not dialogue or dialogue[-1]["role"] != "assistant":
                 raise _Broken("dialogue without a last answer", f"{called} must end with the assistant's message")
@@ -1043,29 +1046,48 @@ def _text(cell: Any, name: str, called: str) -> str:
     return cell
 
 
-ROLES: Mapping[Any, str] = {
-    "system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
-    "prompter": "user",
+ROLES: Mapping[str, str] = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant",
 }  # fmt: skip
-"""Roles as they are written, {"role", "content"} or {"from", "value"}, and ours."""
+"""Roles as they are written in lower case, {"role", "content"} or {"from", "value"}, and ours."""
+TOOLS = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
+"""Roles of messages to and from tools, which are not read."""
 
 
-def _messages(cell: list[Any], called: str) -> list[dict[str, str]]:
+def _role(written: Any, called: str, roles: Mapping[str, str]) -> str:
+    """Return our name of a role, of those that are known and the card's own."""
+    name = str(written).lower() if isinstance(written, str | int) else ""
+    role = roles.get(name) or ROLES.get(name)
+    if role is None and name in TOOLS:
+        raise _Broken("use of a tool", f"{called} is {written}; messages of tools are not read")
+    if role is None:
+        raise _Broken(
+            "unknown role",
+            f"{called} must be system, user or assistant; seen {short(written)}"
+            + f"; if it is one of them, write in the card roles: {{assistant: {short(written)}}}" * bool(name),
+        )
+    return role
+
+
+def _messages(cell: list[Any], called: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return messages with our names; what a message has beside role and content is left out, but for use of tools."""
     messages = []
     for message in cell:
         if not isinstance(message, dict):
             raise _Broken("not a list of messages", f"{called} must be text or messages; seen {short(cell)}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise _Broken(
-                "unknown role",
-                f"{called}: the role of a message must be system, user or assistant; seen {short(role)}",
-            )
+        if role is None:
+            seen = short(", ".join(map(str, message)))
+            raise _Broken("unknown role", f"{called}: a message has role and content, or from and value; seen {seen}")
+        role = _role(role, f"{called}: the role of a message", roles)
+        if calls := message.get("tool_calls") or message.get("function_call"):
+            raise _Broken("use of a tool", f"{called}: a message calls a tool, which is not read: {short(calls)}")
         if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str) or _HALF_CHARACTER.search(content):
             raise _Broken("non-text cell", f"{called}: the content of a message must be text; seen {short(content)}")
-        messages.append({"role": ROLES[role], "content": content})
+        messages.append({"role": role, "content": content})
     return messages
 
 
@@ -1073,7 +1095,7 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _chat(parts: Mapping[str, Any], called: str) -> list[dict[str, str]]:
+def _chat(parts: Mapping[str, Any], called: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the messages of {system, history, user}; an empty system message or history is none."""
     messages: list[dict[str, str]] = []
     for role in PROMPT_ROLES:
@@ -1087,7 +1109,7 @@ def _chat(parts: Mapping[str, Any], called: str) -> list[dict[str, str]]:
                 messages += [{"role": "user", "content": _text(asked, "prompt", f"{called}, history")}]
                 messages += [{"role": "assistant", "content": _text(answered, "prompt", f"{called}, history")}]
         elif isinstance(part, list):
-            messages += _messages(part, f"{called}, history")
+            messages += _messages(part, f"{called}, history", roles)
         else:
             raise _Broken("not a list of messages", f"{called}: history is a list of turns; seen {short(part)}")
     return messages

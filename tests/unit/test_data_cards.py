@@ -166,6 +166,9 @@ class TestMessages:
             ({"filters": {"max_row": 3}}, "rlhf_kit.filters.max_row: unknown key; did you mean max_rows?"),
             ({"filters": {"where": {"a": {"b": 1}}}}, "rlhf_kit.filters.where.a: must be a value or a list of values"),
             ({"format": "hhh"}, "must be hh, common_prefix or threads"),
+            ({"roles": {"user": []}}, "roles.user: must be a name in the data or a list of names; seen a list"),
+            ({"roles": {"bot": "x"}}, "rlhf_kit.roles.bot: unknown key; known: assistant, system, user"),
+            ({"roles": {"user": ["A", "b"], "assistant": "B"}}, "gives B to assistant, and user has it; keep one"),
             ({"heldot": 3}, "rlhf_kit.heldot: unknown key; did you mean heldout?"),
         ],
     )  # fmt: skip
@@ -299,12 +302,17 @@ def test_the_templates_examples_are_cards(here):
     """What TEMPLATE.md has behind comment marks can be written as it stands there."""
     lines = (ROOT / "data_cards" / "TEMPLATE.md").read_text().splitlines()
     Path("my_pairs.jsonl").write_text("")
-    keys = "columns preferred filters votes scale margin_per_point shared_prompts".split()
+    keys = "columns roles preferred filters votes scale margin_per_point shared_prompts".split()
     blocks = [line.removeprefix("  # ") for line in lines if line.startswith(tuple(f"  # {key}: " for key in keys))]
     settings = [read_yaml(block, "TEMPLATE.md").value for block in blocks]
     first, ratings, ranks, one_by_one = (s["columns"] for s in settings if "columns" in s)
     rest = {key: value for s in settings if "columns" not in s for key, value in s.items()}
-    common = {"source": "my_pairs.jsonl", "filters": rest["filters"], "shared_prompts": rest["shared_prompts"]}
+    common = {
+        "source": "my_pairs.jsonl",
+        "filters": rest["filters"],
+        "roles": rest["roles"],
+        "shared_prompts": rest["shared_prompts"],
+    }
     pairs = {"preferred": rest["preferred"], "votes": rest["votes"]}
     rated = {"scale": rest["scale"], "margin_per_point": rest["margin_per_point"]}
     for kind, columns, more in (
@@ -323,7 +331,8 @@ VALUES = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 KEYS = st.sampled_from(
-    "kind source format columns heldout filters on_problem templates preferred votes scale margin_per_point x".split()
+    "kind source format columns roles heldout filters on_problem templates preferred votes scale margin_per_point "
+    "x".split()
 )
 
 

@@ -154,6 +154,37 @@ class TestChat:
         assert (row.prompt, row.completion) == ([user("Q")], "A")
 
     @pytest.mark.parametrize(
+        ("asks", "answers"),
+        [("User", "Assistant"), ("HUMAN", "GPT"), ("human", "model"), ("user", "bot"), ("prompter", "Chatbot")],
+    )
+    def test_known_names(self, here, asks, answers):
+        """In upper case or lower; developer is OpenAI's newer word for system."""
+        talk = [("Developer", "S"), (asks, "Q"), (answers, "A")]
+        rows = [{"completion": [{"role": role, "content": text} for role, text in talk]}]
+        (row,) = load(rows, "demonstrations").train
+        assert (row.prompt, row.completion) == ([{"role": "system", "content": "S"}, user("Q")], "A")
+
+    def test_names_of_the_datas_own(self, here):
+        """The card says whose words they are, also against what is known; numbers are names too."""
+        talk = [{"role": role, "content": text} for role, text in [("Me", "Q"), ("gpt", "R"), (1, "A"), ("tool", "T")]]
+        roles = {"user": ["me", "GPT", "tool"], "assistant": 1}
+        (row,) = load([{"prompt": talk}], "prompts", roles=roles).train
+        assert row.prompt == [user("Q"), user("R"), assistant("A"), user("T")]
+        (found,) = load([{"all": {"past": talk[:3]}}], "demonstrations", roles=roles,
+                        columns={"completion": "all.past"}).train  # fmt: skip
+        assert (found.prompt, found.completion) == ([user("Q"), user("R")], "A")
+
+    def test_answers_that_differ_in_use_of_tools_alone(self, here):
+        """They are told apart from equal answers, and left out, counted, where the card drops problems."""
+        calls = [[{**assistant("I look."), "tool_calls": [{"name": name}]}] for name in ("right", "wrong")]
+        rows = [
+            {"prompt": [user("Q")], "chosen": calls[0], "rejected": calls[1]},
+            {"prompt": [user("Q")], "chosen": [{**assistant("a"), "tool_calls": []}], "rejected": [assistant("b")]},
+        ]
+        counts = load(rows, "preferences", on_problem="drop").counts
+        assert counts == {"read": 2, "kept": 1, "dropped: use of a tool": 1}
+
+    @pytest.mark.parametrize(
         ("row", "said"),
         [
             (
@@ -164,8 +195,32 @@ class TestChat:
             ({"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": "b"}, "chosen must be text; seen [{"),
             ({"prompt": [assistant("Q")], "chosen": "a", "rejected": "b"}, "nothing to answer"),
             (
-                {"prompt": [{"role": "tool", "content": ""}], "chosen": "a", "rejected": "b"},
-                "system, user or assistant; seen tool",
+                {"prompt": [{"role": "me", "content": ""}], "chosen": "a", "rejected": "b"},
+                "system, user or assistant; seen me; if it is one of them, write in the card roles: {assistant: me}",
+            ),
+            (
+                {"prompt": [{"speaker": "user", "text": "Q"}], "chosen": "a", "rejected": "b"},
+                "a message has role and content, or from and value; seen speaker, text",
+            ),
+            (
+                {"prompt": [user("Q"), {"role": "Tool", "content": "4"}], "chosen": "a", "rejected": "b"},
+                "is Tool; mess",
+            ),
+            (
+                {
+                    "prompt": [user("Q")],
+                    "chosen": [{**assistant("a"), "tool_calls": [{"name": "f"}]}],
+                    "rejected": [assistant("b")],
+                },
+                'chosen: a message calls a tool, which is not read: [{"name": "f"}]',
+            ),
+            (
+                {
+                    "prompt": [user("Q")],
+                    "chosen": [{**assistant("a"), "function_call": {"name": "f"}}],
+                    "rejected": [assistant("b")],
+                },
+                "chosen: a message calls a tool",
             ),
             (
                 {"prompt": [user(None)], "chosen": "a", "rejected": "b"},

@@ -93,6 +93,26 @@ def test_openai_tags():
     assert (row.prompt, row.completion) == ([user("Q")], "A")
 
 
+def test_tags_that_are_not_known():
+    """They become roles of the card; known ones need none, in upper case or lower."""
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "me", "assistant_tag": "Model"}
+    entry = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    talk = [{"role": "me", "content": "Q"}, {"role": "Model", "content": "A"}]
+    (row,) = rows_of(entry, [{"messages": talk}])
+    assert (row.prompt, row.completion) == ([user("Q")], "A")
+    ((card,), _) = import_cards(Path("info/dataset_info.json"), [], Path("cards"))
+    assert load_card(card).roles == {"me": "user"}
+
+
+def test_tags_of_tools():
+    """Rows with such messages are not read, which is said; the dataset is imported all the same."""
+    tags = {"observation_tag": "seen", "function_tag": "call"}
+    Path("i.json").write_text(json.dumps({"a": {"file_name": "x", "formatting": "sharegpt", "tags": tags}}))
+    cards, (said,) = import_cards(Path("i.json"), ["a"], Path("cards"))
+    assert cards == [Path("cards/a.md")]
+    assert said.startswith("i.json: a: rows with messages of function_tag or observation_tag, for the use of tools")
+
+
 def test_texts_unpaired_and_samples():
     """A prompt alone is text to learn whole; of unpaired rows the good ones are demonstrations; num_samples caps."""
     assert rows_of({"columns": {"prompt": "text"}}, [{"text": "T"}]) == [Text("T", rows_of(
@@ -144,9 +164,9 @@ def test_hub_datasets():
         ('{"a": {"script_url": "x"}}', [], "i.json: a: names neither file_name nor hf_hub_url"),
         ('{"a": {"file_name": "x", "columns": {"prompt": "p", "images": "i"}}}', [], "a: has images"),
         (
-            '{"a": {"file_name": "x", "formatting": "sharegpt", "tags": {"user_tag": "me"}}}',
+            '{"a": {"file_name": "x", "formatting": "sharegpt", "tags": {"role_tag": "who"}}}',
             [],
-            "writes user_tag as 'me'",
+            "writes role_tag as 'who'; known: from, role",
         ),
         ('{"../a": {"file_name": "x"}}', [], "'../a' cannot be a card's name"),
     ],
