@@ -491,7 +491,8 @@ class _Looking:
         if self.refused:
             result.problems.append(f"{card.path}: {refusal(self.refused, self.count)}")
         if not self.count:
-            result.problems = result.problems or [f"{card.path}: no row is left of {book.read:,} read"]
+            what = f"no row is left of {book.read:,} read{book.wanted(card)}"
+            result.problems = result.problems or [f"{card.path}: {what}"]
             return result
         self._tell_duplicates(result)
         self._tell_prompts(result)

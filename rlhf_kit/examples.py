@@ -158,7 +158,8 @@ def load_examples(card: DataCard) -> Examples:
             others["dropped: prompt is also held out"] = len(shared)
             train = [row for row in train if _key(row) not in reserved]
     if not train:
-        raise InputError(f"{card.path}: no row is left to train on: of {book.read:,} read {_reasons(others)}")
+        what = f"no row is left to train on: of {book.read:,} read {_reasons(others)}{book.wanted(card)}"
+        raise InputError(f"{card.path}: {what}")
     return _examples(card, train, heldout, {"read": book.read, **others})
 
 
@@ -325,6 +326,8 @@ class Book:
     """Those of `dropped` that break a rule."""
     noted: Counter[str] = field(default_factory=Counter)
     """What was read otherwise than it was said, in rows that are kept."""
+    unwanted: dict[str, list[str]] = field(default_factory=dict)
+    """By column, the first values that filters.where leaves out."""
     sides: Counter[str] = field(default_factory=Counter)
     """Votes for the "first" and the "second" completion shown, and "tie", where the data says which stood first."""
 
@@ -351,6 +354,19 @@ class Book:
         """Count a row that the card leaves out."""
         self.dropped[reason] += 1
         self._show(reason, where)
+
+    def see(self, column: str, value: Any) -> None:
+        """Keep a value that filters.where leaves out, to be shown where no row is left."""
+        seen = self.unwanted.setdefault(column, [])
+        if len(seen) < SHOWN and (shown := short(value)) not in seen:
+            seen.append(shown)
+
+    def wanted(self, card: DataCard) -> str:
+        """Return the end of a message where no row is left: what the filters wanted, and some of what they saw."""
+        return "".join(
+            f"; filters.where.{name} wants {short(card.filters.where[name])}, seen {', '.join(values)}"
+            for name, values in self.unwanted.items()
+        )
 
     def _show(self, reason: str, message: str) -> None:
         if len(shown := self.shown.setdefault(reason, [])) < SHOWN:
@@ -407,6 +423,7 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
             unmet = next((name for name, wanted in card.filters.where.items() if not _meets(name, wanted, cells)), None)
             if unmet is not None:
                 book.leave_out(f"filters.where.{unmet}", where)
+                book.see(unmet, _found(unmet, cells))
                 continue
             yield from taken_rows(card, cells, where, book)
             taken += 1
@@ -443,20 +460,43 @@ class _LeftOut(Exception):
 
 
 def _meets(name: str, wanted: Any, cells: Mapping[str, Any]) -> bool:
+    return _is(_found(name, cells), wanted)
+
+
+def _found(name: str, cells: Mapping[str, Any]) -> Any:
     try:
-        return _is(value_of(name, cells), wanted)
+        return value_of(name, cells)
     except Missing:
-        return _is(None, wanted)
+        return None
 
 
 def _is(cell: Any, wanted: Any) -> bool:
-    """Return whether a cell has the value wanted, or one of them; cells of .csv files are text."""
-    values = wanted if isinstance(wanted, list) else [wanted]
-    return any(
-        (cell == value and isinstance(cell, bool) == isinstance(value, bool))
-        or (isinstance(cell, str) and cell == str(value))
-        for value in values
-    )
+    """Return whether a cell has the value wanted, or one of them; a text is also what it spells, true is not 1."""
+    return any(_equal(cell, value) for value in (wanted if isinstance(wanted, list) else [wanted]))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, str) != isinstance(other, str):
+        one, other = _spelt(one), _spelt(other)
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _spelt(value: Any) -> Any:
+    """Return the number, truth or nothing that a text spells, as cells of .csv files do; "TRUE", "1.0", ""."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return value
+
+
+_WORDS = {"true": True, "false": False, "": None, "null": None, "none": None}
 
 
 def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
@@ -949,6 +989,8 @@ class _Cells:
 
     def number(self, name: str, cell: Any) -> float:
         """Return a number, which may be written as text; of ratings one on the card's scale, true being 1."""
+        if name in ("rating", "ratings") and isinstance(_spelt(cell), bool):
+            cell = _spelt(cell)
         try:
             number = float(cell) if isinstance(cell, str | int | float) else math.nan
         except ValueError:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_kit.audit import audit
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Ranking, Text, load_examples, prompts_of
@@ -335,6 +336,49 @@ class TestFilters:
         both = load(self.ROWS, "prompts", filters={"where": {"language": ["en", "no"], "ok": True}})
         assert [row.prompt for row in both.train] == ["3", "4", "5"]
         assert "no row is left" in wrong(self.ROWS, "prompts", filters={"where": {"ok": 1}})[0]
+
+    @pytest.mark.parametrize(
+        ("cell", "wanted", "equal"),
+        [
+            ("TRUE", True, True), ("true", True, True), ("False", False, True), ("TRUE", False, False),
+            ("1", 1, True), ("1.0", 1, True), (" 1 ", 1.0, True), (1.0, 1, True), (1, "1.0", True), ("1e0", 1, True),
+            ("9007199254740993", 9007199254740993, True), ("9007199254740993", 9007199254740992, False),
+            ("1", True, False), (1, True, False), (True, "yes", False), ("007", "7", False), ("007", 7, True),
+            ("", None, True), ("None", None, True), ("0", None, False), (0, None, False), ({"a": 1}, 1, False),
+        ],
+    )  # fmt: skip
+    def test_what_equals_what(self, here, cell, wanted, equal):
+        """A text beside a number, true, false or null is what it spells; two texts are compared letter by letter."""
+        pair = {"prompt": "Q", "a": "a", "b": "b"}
+        rows = [{**pair, "x": cell}, {**pair, "x": "other"}]
+        where = {"filters": {"where": {"x": wanted}}}
+        if equal:
+            assert len(load(rows, "prompts", **where).train) == 1
+        else:
+            assert "no row is left" in wrong(rows, "prompts", **where)[0]
+        preferred = {"first": [wanted], "second": "other"}
+        card = {"columns": {"first": "a", "second": "b", "preferred": "x"}, "preferred": preferred}
+        assert len(load(rows, "preferences", on_problem="drop", **card).train) == 1 + equal
+
+    def test_ratings_that_are_true_or_false(self, here):
+        """Also as CSV files write them; other numbers are not."""
+        rows = [{"prompt": "Q", "completion": text, "label": label} for text, label in [("a", "TRUE"), ("b", "False")]]
+        card = {"columns": {"rating": "label"}, "scale": [0, 1]}
+        (row,) = load(rows, "rankings", **card).train
+        assert (row.ratings, row.ranks) == ([1.0, 0.0], [1.0, 2.0])
+        assert "must be a number; seen TRUE" in wrong(rows, "rankings", columns={"rank": "label"})[0]
+
+    def test_what_was_wanted_and_seen(self, here):
+        """Where no row is left, the message names what each filter wanted and some of what it saw, as the audit does."""
+        rows = [{"prompt": "Q", "lang": lang, "n": n} for n, lang in enumerate(["en", "en", None, "de", *"abcd"])]
+        block = {"filters": {"where": {"lang": ["en", "EN"], "n": "x"}}}
+        (message,) = wrong(rows, "prompts", **block)
+        said = (
+            '; filters.where.n wants x, seen 0, 1; filters.where.lang wants ["en", "EN"], '
+            "seen nothing (null), de, a, b, c"
+        )
+        assert message.endswith(said)
+        assert audit(load_card("c.md")).problems == [f"c.md: no row is left of 8 read{said}"]
 
     def test_max_rows(self, here):
         """The first rows that pass `where`; nothing is read after them."""
