@@ -209,6 +209,8 @@ class DataCard:
     name: str
     kind: Kind
     sources: tuple[Path, ...] | HubSource
+    rows: str | None
+    """In .json files that are one object, the way to the list of rows."""
     format: Literal["hh", "common_prefix", "threads"] | None
     columns: Mapping[str, Expression]
     """Our names of this kind and shape -> where the value stands in a row, in the words of `columns`."""
@@ -273,6 +275,8 @@ class _Block(Settings):
     source: Any
     """A file, a pattern of names, a list of files, or a dataset on the Hub {hub, revision, ...}. Files are looked for
     in the recipe's data_root, beside the card, then in the working directory."""
+    rows: Text | None = None
+    """In .json files that are one object, the key (or way: a.b) behind which the list of rows stands."""
     format: Literal["hh", "common_prefix", "threads"] | None = None
     """hh: transcripts "Human: ... Assistant: ..." of which the last answer is the completion; common_prefix: chosen and
     rejected begin with the prompt; threads: a row is a message that names the one it answers."""
@@ -347,6 +351,11 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
     if "source" in raw:
         sources = _sources(raw["source"], ("rlhf_kit", "source"), places, front, problems)
     heldout = _heldout(raw.get("heldout", 0.1), sources, places, front, problems)
+    if isinstance(raw.get("rows"), str):
+        files = [*(sources if isinstance(sources, tuple) else ()), *(heldout if isinstance(heldout, tuple) else ())]
+        others = [str(file) for file in files if data_suffix(file) not in (".json", ".json.gz", ".json.zst")]
+        if others or isinstance(sources, HubSource):
+            problems.append((("rlhf_kit", "rows"), f"is for .json files; seen {others[0] if others else sources}"))
     problems += _column_problems(raw, front)
     problems += _role_problems(raw.get("roles"))
     if problems:
@@ -360,6 +369,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
         name=path.stem,
         kind=block.kind,
         sources=sources,
+        rows=block.rows,
         format=block.format,
         columns=columns,
         mapped=frozenset(block.columns),

@@ -8,6 +8,7 @@ file and line, or a counted drop where the card says `on_problem: drop`. Where s
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -19,9 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
-from rlhf_kit.columns import Missing, columns_of, is_there, optional_columns, optional_value, template_columns, value_of
+from rlhf_kit.columns import (
+    Expression,
+    Missing,
+    columns_of,
+    is_there,
+    optional_columns,
+    optional_value,
+    template_columns,
+    value_of,
+)
 from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, range_of
-from rlhf_kit.data_files import file_rows, hub_rows, short
+from rlhf_kit.data_files import file_rows, hub_rows, is_one_object, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
 __all__ = [
@@ -415,7 +425,7 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
     taken = 0
     for part in [source] if isinstance(source, HubSource) else source:
         is_first = True
-        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part):
+        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part, card.rows):
             if is_first:
                 check_columns(card, where, cells)
                 is_first = False
@@ -501,14 +511,23 @@ _WORDS = {"true": True, "false": False, "": None, "null": None, "none": None}
 
 def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
     """Raise InputError if the first row of a file lacks a column; only dialogues can do without a prompt."""
-    problems = []
-    for name, expression in card.columns.items():
-        missing = [path for path in columns_of(expression) if not is_there(path, cells)]
+    problems, unmapped = [], []
+    for name in card.columns:
+        missing = [path for path in columns_of(_way(card, name, cells)) if not is_there(path, cells)]
         if not missing or (name in MAY_BE_MISSING and name not in card.mapped):
             continue
         if name == "prompt" and name not in card.mapped and _is_dialogue(cells, card):
             continue
-        problems.append(f"{where}: there is no {_no_column(card, name, missing[0], cells)}")
+        if other := _other_shape(card, where, cells):
+            raise InputError(printable(f"{where}: there is no column {missing[0]}{other}"))
+        if name in card.mapped:
+            problems.append(f"{where}: there is no {_no_column(card, name, missing[0], cells)}")
+        else:
+            unmapped.append(name)
+    if len(unmapped) == 1:
+        problems.append(f"{where}: there is no {_no_column(card, unmapped[0], unmapped[0], cells)}")
+    elif unmapped:
+        problems.append(f"{where}: there are no {_no_columns(card, unmapped, cells)}")
     judged = [name for name in ("ranks", "ratings", "comparisons") if name in card.columns]
     if card.kind == "rankings" and judged and not any(_has(card, name, cells) for name in judged):
         problems.append(
@@ -538,12 +557,34 @@ MAY_BE_MISSING = ("margin", "annotator", "ranks", "ratings")
 """Of our names those that need not be there, where the card does not map them."""
 
 
+def _other_shape(card: DataCard, where: str, cells: Mapping[str, Any]) -> str | None:
+    """Return the end of the one message about columns that are missing because the file is of another shape."""
+    only = str(next(iter(cells), ""))
+    if len(cells) == 1 and (mark := next((mark for mark in ";|\t" if mark in only), None)):
+        return f", but one called {only!r}: save the file with commas instead of {mark!r}, or as .tsv"
+    if str(cells.get("chosen", "")).lstrip().startswith("Human:"):
+        return f" (columns: {', '.join(map(str, cells))}); these are transcripts, write format: hh in {card.path}"
+    lists = [
+        name
+        for name, value in cells.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) and "role" not in row for row in value)
+    ]
+    if len(lists) == 1 and card.rows is None and is_one_object(Path(where.rpartition(":")[0])):
+        return f": the rows are a list inside the key {lists[0]}; write rows: {lists[0]} in {card.path}"
+    return None
+
+
+def _no_columns(card: DataCard, names: Sequence[str], cells: Mapping[str, Any]) -> str:
+    """Return what is said of several columns that are not there and not mapped, and how to map them."""
+    theirs = {name: close[0] for name in names if (close := difflib.get_close_matches(name.lower(), list(cells), n=1))}
+    ways = ", ".join(f"{name}: {theirs.get(name, '<their name>')}" for name in names)
+    return (
+        f"columns {', '.join(names)}; columns: {', '.join(sorted(map(str, cells)))}; map them in {card.path}: "
+        f"columns: {{{ways}}}"
+    )
+
+
 def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]) -> str:
-    (only, value), *others = cells.items() or [("", None)]
-    if not others and (mark := next((mark for mark in ";|\t" if mark in only), None)):
-        return f"column {missing}, but one called {only!r}: save the file with commas instead of {mark!r}, or as .tsv"
-    if not others and isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-        return f"column {missing}: the rows are a list inside the key {only}; write that list alone into the file"
     what = f"column {missing}, which the card takes for {name}" if name in card.mapped else f"column {name}"
     theirs = card.columns[name]
     if isinstance(theirs, dict) and theirs.get("system") == missing and " " in missing:
@@ -551,15 +592,21 @@ def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]
     near = did_you_mean(missing, cells)
     seen = "" if near.startswith("; known") else f" (columns: {', '.join(map(str, cells))})"
     mend = "" if name in card.mapped else f"; map it in {card.path}: columns: {{{name}: <their name>}}"
-    if str(cells.get("chosen", "")).lstrip().startswith("Human:"):
-        mend = f"; these are transcripts, write format: hh in {card.path}"
-    elif name == "prompt" and name not in card.mapped and card.kind == "preferences":
+    if name == "prompt" and name not in card.mapped and card.kind == "preferences":
         mend += "; where the answers repeat the prompt, write format: common_prefix"
     return f"{what}{near.replace('; known', '; columns')}{seen}{mend}"
 
 
+def _way(card: DataCard, name: str, cells: Mapping[str, Any]) -> Expression:
+    """Return where a row has what we call `name`; of rows of messages alone, prompt and completion are in these."""
+    of_messages = {"demonstrations": "completion", "prompts": "prompt"}.get(card.kind)
+    if name == of_messages and name not in card.mapped and name not in cells and "messages" in cells:
+        return "messages"
+    return card.columns[name]
+
+
 def _has(card: DataCard, name: str, cells: Mapping[str, Any]) -> bool:
-    theirs = card.columns.get(name)
+    theirs = _way(card, name, cells) if name in card.columns else None
     if theirs is None or (isinstance(theirs, str) and theirs in cells):  # nearly always it is this simple
         return theirs is not None
     return all(is_there(path, cells) for path in columns_of(theirs))
@@ -570,7 +617,7 @@ def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
     for name in answers:
         if name in card.columns:
             try:
-                value = value_of(card.columns[name], cells)
+                value = value_of(_way(card, name, cells), cells)
             except Missing:
                 continue
             value = value[0] if name == "completions" and isinstance(value, list) and value else value
@@ -913,12 +960,12 @@ class _Cells:
         return _has(self.card, name, self.cells)
 
     def called(self, name: str) -> str:
-        theirs = self.card.columns.get(name, name)
+        theirs = _way(self.card, name, self.cells) if name in self.card.columns else name
         return name if theirs == name else f"{name} ({'column ' * isinstance(theirs, str)}{_written(theirs)})"
 
     def cell(self, name: str, *, gaps: bool = False) -> Any:
         """Return what stands where the card says; with `gaps`, None for an element of a list that has it not."""
-        theirs = self.card.columns[name]
+        theirs = _way(self.card, name, self.cells)
         if theirs == name and name not in self.cells:
             raise _Broken("missing column", f"{name} is missing in this row")
         return value_of(theirs, self.cells, gaps=gaps)
@@ -931,7 +978,9 @@ class _Cells:
             return _text(_drawn(self.card.templates, self.cells), "prompt", "prompt")
         prompt = self.cell("prompt")
         if isinstance(prompt, list):
-            return _messages(prompt, self.called("prompt"), self.card.roles)
+            messages = _messages(prompt, self.called("prompt"), self.card.roles)
+            is_answered = messages and messages[-1]["role"] == "assistant" and "prompt" not in self.cells
+            return messages[:-1] if is_answered and "prompt" not in self.card.mapped else messages
         if isinstance(prompt, dict):
             return _chat(prompt, self.called("prompt"), self.card.roles)
         return self.text("prompt")

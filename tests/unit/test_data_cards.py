@@ -166,6 +166,8 @@ class TestMessages:
             ({"filters": {"max_row": 3}}, "rlhf_kit.filters.max_row: unknown key; did you mean max_rows?"),
             ({"filters": {"where": {"a": {"b": 1}}}}, "rlhf_kit.filters.where.a: must be a value or a list of values"),
             ({"format": "hhh"}, "must be hh, common_prefix or threads"),
+            ({"rows": "data"}, "rlhf_kit.rows: is for .json files; seen a.jsonl"),
+            ({"rows": ["data"]}, "rlhf_kit.rows: must be text; seen a list"),
             ({"roles": {"user": []}}, "roles.user: must be a name in the data or a list of names; seen a list"),
             ({"roles": {"bot": "x"}}, "rlhf_kit.roles.bot: unknown key; known: assistant, system, user"),
             ({"roles": {"user": ["A", "b"], "assistant": "B"}}, "gives B to assistant, and user has it; keep one"),
@@ -331,7 +333,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 KEYS = st.sampled_from(
-    "kind source format columns roles heldout filters on_problem templates preferred votes scale margin_per_point "
+    "kind source rows format columns roles heldout filters on_problem templates preferred votes scale margin_per_point "
     "x".split()
 )
 

@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(rows: Iterable | None, kind: str, file: str = "d.jsonl", **block: object) -> Examples:
+def load(rows: Iterable | None, kind: str, /, file: str = "d.jsonl", **block: object) -> Examples:
     """Write rows as JSON lines, a card over them, and return what it yields. No rows held out unless asked for."""
     if rows is not None:
         Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +45,7 @@ def load(rows: Iterable | None, kind: str, file: str = "d.jsonl", **block: objec
     return load_examples(load_card("c.md"))
 
 
-def wrong(rows: Iterable | None, kind: str, **block: object) -> list[str]:
+def wrong(rows: Iterable | None, kind: str, /, **block: object) -> list[str]:
     with pytest.raises(InputError) as caught:
         load(rows, kind, **block)
     return list(caught.value.problems)
@@ -153,6 +153,19 @@ class TestChat:
         talk = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
         (row,) = load([{"talk": talk}], "demonstrations", columns={"completion": "talk"}).train
         assert (row.prompt, row.completion) == ([user("Q")], "A")
+
+    def test_rows_of_messages_alone(self, here):
+        """trl's commonest form: the last answer is the completion; of prompts it is left away."""
+        rows = [{"messages": [user("Q"), assistant("A")]}, {"messages": [user("Q"), assistant("A"), user("R")]}]
+        (row,) = load(rows[:1], "demonstrations").train
+        assert (row.prompt, row.completion) == ([user("Q")], "A")
+        assert [row.prompt for row in load(rows, "prompts").train] == [[user("Q")], rows[1]["messages"]]
+        assert audit(load_card("c.md")).rows["kept"] == 2
+        assert "messages) must end with the assistant's message" in wrong(rows, "demonstrations")[0]
+        rows = [{**rows[0], "completion": "B", "prompt": "P"}]  # what is called as we call it comes first
+        (row,) = load(rows, "demonstrations").train
+        assert (row.prompt, row.completion) == ("P", "B")
+        assert load(rows, "prompts").train[0].prompt == "P"
 
     @pytest.mark.parametrize(
         ("asks", "answers"),
@@ -369,7 +382,7 @@ class TestFilters:
         assert "must be a number; seen TRUE" in wrong(rows, "rankings", columns={"rank": "label"})[0]
 
     def test_what_was_wanted_and_seen(self, here):
-        """Where no row is left, the message names what each filter wanted and some of what it saw, as the audit does."""
+        """Where no row is left, the message names what each filter wanted and some of what it saw; the audit too."""
         rows = [{"prompt": "Q", "lang": lang, "n": n} for n, lang in enumerate(["en", "en", None, "de", *"abcd"])]
         block = {"filters": {"where": {"lang": ["en", "EN"], "n": "x"}}}
         (message,) = wrong(rows, "prompts", **block)
@@ -628,7 +641,7 @@ class TestFiles:
             (
                 "d.json",
                 b'{"data": [{"prompt": "a"}]}',
-                "d.json:1: there is no column prompt: the rows are a list inside the key data",
+                "d.json:1: there is no column prompt: the rows are a list inside the key data; write rows: data in",
             ),
             ("d.csv", b'prompt\n"a', "d.csv:2: not CSV: unexpected end of data; is a quote not closed"),
             ("d.csv", b"prompt,x\na\n", "d.csv:2: 1 cells under a header of 2"),
@@ -677,6 +690,47 @@ class TestFiles:
         (message,) = wrong(None, "prompts", source=name, on_problem="drop")
         assert message.startswith(said)
 
+    def test_rows_inside_an_object(self, here):
+        """The card says behind which key of a .json file they are a list; what stands around them may be anything."""
+        whole = {"n": 1.5, "export": {"about": [{"rows": 1}], "rows": [{"prompt": "a"}, {"prompt": "b"}]}, "more": []}
+        Path("d.json").write_text(json.dumps(whole, indent=1))
+        found = load(None, "prompts", file="d.json", rows="export.rows").train
+        assert [(row.prompt, row.where) for row in found] == [("a", "d.json:10"), ("b", "d.json:13")]
+
+    @pytest.mark.parametrize(
+        ("content", "rows", "said"),
+        [
+            (
+                '{"a": {"rows": []}}',
+                "a.row",
+                "d.json:1: there is no key row here, which the card's rows: names; did you",
+            ),
+            ('{"a": 12}', "a", "d.json:1: there is no list behind a, which the card's rows: names"),
+            ('[{"a": []}]', "a", "d.json:1: there is no object here that has a key a"),
+            ('{"a": [{"prompt": "x"}],\n', "a", "d.json:2: the object has no end; is the file cut off here?"),
+            ('{"a": [{"prompt": "x"}]} {', "a", "d.json:1: there is more behind the end of the object"),
+            ('{"a": 1', "b", "d.json:1: the object has no end"),
+        ],
+    )
+    def test_rows_that_are_not_there(self, here, content, rows, said):
+        """One message with the line."""
+        Path("d.json").write_text(content)
+        (message,) = wrong(None, "prompts", file="d.json", rows=rows)
+        assert message.startswith(said)
+
+    def test_numbers_across_what_is_held(self, here, monkeypatch):
+        """A value that is passed by is read to its end, wherever the file is cut into pieces."""
+        monkeypatch.setattr("rlhf_kit.data_files.CHUNK", 7)
+        Path("d.json").write_text('{"n": 123456789012345, "data": [{"prompt": "x"}], "m": 3.25}')
+        assert len(load(None, "prompts", file="d.json", rows="data").train) == 1
+
+    def test_a_list_in_a_row_is_no_list_of_rows(self, here):
+        """In lines or a list of rows nothing is said about a key that holds the rows."""
+        row = {"data": [{"x": "y"}]}
+        Path("d.json").write_text(json.dumps([row]))
+        for messages in (wrong([row], "prompts"), wrong(None, "prompts", file="d.json")):
+            assert "rows:" not in messages[0] and "map it in c.md" in messages[0]
+
     @pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
     def test_a_long_row_of_a_table(self, here, name):
         """The limit on rows holds where a small file unpacks to a long cell too."""
@@ -697,10 +751,14 @@ class TestFiles:
         """Named with the columns that are there and how to map them."""
         rows = [{"question": "Q", "answer": "A"}]
         assert wrong(rows, "demonstrations") == [
-            "d.jsonl:1: there is no column prompt; columns: answer, question; "
+            "d.jsonl:1: there are no columns prompt, completion; columns: answer, question; "
+            "map them in c.md: columns: {prompt: <their name>, completion: <their name>}",
+        ]
+        (message,) = wrong([{"Prompt": "Q", "good": "A", "reject": "B"}], "preferences")
+        assert message.endswith("{prompt: Prompt, chosen: <their name>, rejected: reject}")
+        assert wrong([{"question": "Q", "completion": "A"}], "demonstrations") == [
+            "d.jsonl:1: there is no column prompt; columns: completion, question; "
             "map it in c.md: columns: {prompt: <their name>}",
-            "d.jsonl:1: there is no column completion; columns: answer, question; "
-            "map it in c.md: columns: {completion: <their name>}",
         ]
         (message,) = wrong(rows, "demonstrations", columns={"prompt": "question", "completion": "anwser"})
         assert message == (
