@@ -458,6 +458,7 @@ def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book)
     else:
         book.noted["votes left out, others on the pair counted"] += read.votes_left_out
         book.noted["judgements of equal, ordered by the others"] += read.ordered_draws
+        book.noted["text that is a JSON list of messages, read as these"] += read.spelt_talk
         gaps = (path for path in card.optional if optional_value(path, cells) is None)
         book.noted.update(f"{path} is missing or null, read as no text" for path in gaps)
         book.sides.update("tie" if vote == 0.5 else "first" if vote > 0.5 else "second" for vote in read.votes)
@@ -621,7 +622,7 @@ def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
             except Missing:
                 continue
             value = value[0] if name == "completions" and isinstance(value, list) and value else value
-            if isinstance(value, list):
+            if isinstance(_talk(value), list):
                 return True
     return False
 
@@ -952,6 +953,8 @@ class _Cells:
         self.votes: list[float] = []
         self.votes_left_out = 0
         """Of a list of votes, those whose values the card drops."""
+        self.spelt_talk = False
+        """Whether a text was read as the messages that it spells."""
         self.ordered_draws = 0
         """Pairs that were judged equal, and have an order by what was said of the others."""
         """How probable each judgement makes it that the completion shown first is better."""
@@ -973,10 +976,15 @@ class _Cells:
     def text(self, name: str) -> str:
         return _text(self.cell(name), name, self.called(name))
 
+    def talk(self, cell: Any) -> Any:
+        found = _talk(cell)
+        self.spelt_talk |= found is not cell
+        return found
+
     def prompt(self) -> Prompt:
         if self.card.templates:
             return _text(_drawn(self.card.templates, self.cells), "prompt", "prompt")
-        prompt = self.cell("prompt")
+        prompt = self.talk(self.cell("prompt"))
         if isinstance(prompt, list):
             messages = _messages(prompt, self.called("prompt"), self.card.roles)
             is_answered = messages and messages[-1]["role"] == "assistant" and "prompt" not in self.cells
@@ -991,6 +999,7 @@ class _Cells:
 
     def answered(self, answers: Sequence[tuple[str, str, Any]]) -> tuple[Prompt, list[str]]:
         """Return the prompt and the texts of the answers: our name, what to call it, and what stands there."""
+        answers = [(name, called, self.talk(cell)) for name, called, cell in answers]
         if not all(isinstance(cell, list | dict) for _, _, cell in answers):
             texts = [_text(cell, name, called) for name, called, cell in answers]  # raises if one is messages
             return self.prompt(), texts
@@ -1182,6 +1191,25 @@ def _messages(cell: list[Any], called: str, roles: Mapping[str, str]) -> list[di
     return messages
 
 
+SPELLS_MESSAGES = r"^\s*\[\s*\{\s*\""
+"""How a text begins that is a JSON list of objects."""
+
+
+def _talk(cell: Any) -> Any:
+    """Return the messages that a text spells as a JSON list, as cells of .csv files do; any other cell as it is."""
+    if not isinstance(cell, str) or not re.match(SPELLS_MESSAGES, cell):
+        return cell
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    are_messages = all(
+        isinstance(one, dict) and ({"role", "content"} <= one.keys() or {"from", "value"} <= one.keys())
+        for one in found
+    )
+    return found if are_messages else cell
+
+
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
@@ -1190,7 +1218,7 @@ def _chat(parts: Mapping[str, Any], called: str, roles: Mapping[str, str]) -> li
     """Return the messages of {system, history, user}; an empty system message or history is none."""
     messages: list[dict[str, str]] = []
     for role in PROMPT_ROLES:
-        part = parts.get(role)
+        part = _talk(parts.get(role)) if role == "history" else parts.get(role)
         if part in (None, "", []) and role != "user":
             continue
         if role != "history":

@@ -167,6 +167,29 @@ class TestChat:
         assert (row.prompt, row.completion) == ("P", "B")
         assert load(rows, "prompts").train[0].prompt == "P"
 
+    @pytest.mark.parametrize("name", ["d.csv", "d.jsonl"])
+    def test_messages_written_as_text(self, here, name):
+        """A text that is a JSON list of messages is read as these, as from CSV files, and that is counted."""
+        talks = [json.dumps([user("Q"), assistant(text)]) for text in "ab"]
+        rows = [dict(zip(("chosen", "rejected"), talks, strict=True)), {"chosen": talks[1], "rejected": talks[0]}]
+        with Path("d.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        found = load(rows, "preferences", file=name)
+        assert [(row.prompt, row.chosen) for row in found.train] == [([user("Q")], "a"), ([user("Q")], "b")]
+        assert found.counts["noted: text that is a JSON list of messages, read as these"] == 2
+        assert audit(load_card("c.md")).rows["noted"] == {"text that is a JSON list of messages, read as these": 2}
+
+    def test_other_lists_written_as_text(self, here):
+        """They stay text: what a model shall write may be JSON."""
+        texts = ['[{"a": 1}]', '[{"role": "user"}]', "[{", '[{"role": "user", "content": "x"}, 3]', "[1]"]
+        rows = [{"prompt": text, "completion": text} for text in texts]
+        assert [(row.prompt, row.completion) for row in load(rows, "demonstrations").train] == [(t, t) for t in texts]
+        (row,) = load([{"past": json.dumps([user("Q"), assistant("A")]), "prompt": "R"}], "prompts",
+                      columns={"prompt": {"history": "past", "user": "prompt"}}).train  # fmt: skip
+        assert row.prompt == [user("Q"), assistant("A"), user("R")]
+
     @pytest.mark.parametrize(
         ("asks", "answers"),
         [("User", "Assistant"), ("HUMAN", "GPT"), ("human", "model"), ("user", "bot"), ("prompter", "Chatbot")],
