@@ -239,22 +239,19 @@ def _by_blocks(card: DataCard, path: Path, book: Book) -> Iterator[_Batch]:
         theirs["annotator"] = who
         by_line |= not isinstance(cells[who], str)
     for block in json_blocks(path, sorted(set(theirs.values()))):
-        if by_line or block.columns is None or _may_spell_messages(block, theirs):
+        if by_line or block.columns is None or _may_spell_messages(block.columns, theirs):
             yield from _by_lines(card, block, book)
             continue
         columns = {name: block.columns[way].to_pylist() for name, way in theirs.items()}
         yield from _by_columns(card, block, columns, book)
 
 
-def _may_spell_messages(block: Block, theirs: Mapping[str, str]) -> bool:
+def _may_spell_messages(columns: Mapping[str, Any], theirs: Mapping[str, str]) -> bool:
     """Return whether a prompt or an answer may be a JSON list of messages, written as text."""
-    import pyarrow.compute
+    from pyarrow import compute
 
-    columns = [block.columns[way] for name, way in theirs.items() if name not in ("text", "annotator")]  # type: ignore[index]
-    return any(
-        pyarrow.compute.any(pyarrow.compute.match_substring_regex(column, SPELLS_MESSAGES)).as_py()
-        for column in columns
-    )
+    looked_at = [columns[way] for name, way in theirs.items() if name not in ("text", "annotator")]
+    return any(compute.any(compute.match_substring_regex(column, SPELLS_MESSAGES)).as_py() for column in looked_at)
 
 
 def _by_lines(card: DataCard, block: Block, book: Book) -> Iterator[_Batch]:

@@ -33,6 +33,7 @@ __all__ = [
     "is_there",
     "optional_columns",
     "optional_value",
+    "our_way",
     "value_of",
 ]
 
@@ -124,6 +125,8 @@ def fault(expression: Expression) -> str | None:
         if any(role != "system" or text.keys() != {"text"} for role, text in own.items()):
             return "a text of the card's own is system: {text: Be brief.}"
     for part in [expression] if isinstance(expression, str) else _parts(expression):
+        if re.fullmatch(r"\{\{\s*[^{}]+?\s*\}\}", part):
+            return f"a template has single braces: {{{part.strip('{} ')}}}"
         if ("{" in part or "}" in part) and not template_columns(part):
             return 'a template names columns in braces, such as "{instruction} {input}", its own braces being {{ and }}'
     return None
@@ -137,6 +140,12 @@ def _parts(expression: list[str] | dict[str, str | Constant]) -> list[str]:
 def is_there(path: str, cells: Mapping[str, Any]) -> bool:
     """Return whether the row has the column that a path begins with."""
     return path in cells or path_of(path)[0] in cells
+
+
+def our_way(path: str) -> str:
+    """Return a path that is written as in JSONPath or Python, `$.x['y'][*]`, in our words: `x.y[]`."""
+    ours = re.sub(r"^\$(?=[.\[])\.?", "", path).replace("[*]", "[]")
+    return re.sub(r"""\[(["'])([^"'\[\].]+)\1\]""", r".\2", ours).lstrip(".") or path
 
 
 def value_of(expression: Expression, cells: Mapping[str, Any], *, gaps: bool = False) -> Any:

@@ -132,7 +132,12 @@ def _column(written: Any) -> Any:
         parts = _texts_of(written) if isinstance(written, dict) else written
         if written and all(isinstance(part, str) and part for part in parts):
             return written
-        raise PydanticCustomError("unexpected", "{expected}", {"expected": "columns, written as text"})
+        quoted = (
+            "columns, written as text (a template in quotes)"
+            if isinstance(written, dict)
+            else "columns, written as text"
+        )
+        raise PydanticCustomError("unexpected", "{expected}", {"expected": quoted})
     if isinstance(written, str) and written:
         return written
     raise (
@@ -582,6 +587,9 @@ def _sources(
     written: Any, at: KeyPath, places: Sequence[Path], marked: MarkedYaml, problems: list[Problem]
 ) -> tuple[Path, ...] | HubSource | None:
     if isinstance(written, dict):
+        if of_hub := _HUB_ADDRESS.match(str(written.get("hub"))):
+            problems.append(((*at, "hub"), f"is an address; write hub: {of_hub[1]}"))
+            return None
         found = list(_problems(_HubSettings, written, at, marked))
         problems += found
         return None if found else _hub(_HubSettings.model_validate(written))
@@ -600,6 +608,12 @@ def _sources(
             )
         elif path is None and (matching_files := _glob(name, places)):
             files += matching_files
+        elif path is None and (of_hub := _HUB_ADDRESS.match(name)):
+            problems.append(
+                (here, f"is an address; for the Hub dataset write {{hub: {of_hub[1]}, revision: <commit>}}")
+            )
+        elif path is None and "://" in name:
+            problems.append((here, f"{name} is an address; get the file and name it as it is called here"))
         elif path is None and HUB_ID.fullmatch(name) and not Path(name).suffix:
             problems.append(
                 (here, f"there is no file {name}; for the Hub dataset write {{hub: {name}, revision: <commit>}}")
@@ -618,6 +632,9 @@ def _sources(
     if len(set(files)) < len(files):
         problems.append((at, "names a file twice"))
     return tuple(files) if len(problems) == before else None
+
+
+_HUB_ADDRESS = re.compile(rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/({HUB_ID.pattern})")
 
 
 def _glob(pattern: str, places: Sequence[Path]) -> list[Path]:
@@ -671,6 +688,8 @@ def _heldout(
         if 0 <= written < 1:
             return float(written)
         problems.append((at, f"must be a share, at least 0 and less than 1; seen {marked.seen(at)}"))
+    elif isinstance(written, str) and (share := re.fullmatch(r"(\d{1,2}(?:\.\d+)?) ?%", written)):
+        problems.append((at, f"must be a share, not {written}; write {float(share[1]) / 100:g}"))
     elif isinstance(sources, HubSource):
         if isinstance(written, str) and written and written != sources.split:
             return replace(sources, split=written)

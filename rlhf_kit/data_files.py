@@ -156,10 +156,33 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _decoded(path: Path, number: int, line: bytes) -> str:
+    if number == 1:
+        _refuse_utf16(path, line)
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8 text") from None
+        raise InputError(_not_utf8(path, number, error.start + 1, line[error.start])) from None
+
+
+def _refuse_utf16(path: Path, beginning: bytes) -> None:
+    """Raise InputError if a file begins as UTF-16 does: with its byte order mark, or with zero bytes among letters."""
+    mark = {codecs.BOM_UTF16_LE: "UTF-16LE", codecs.BOM_UTF16_BE: "UTF-16BE"}.get(beginning[:2])
+    zeros = [beginning[start:200:2].count(0) > len(beginning[:200]) / 8 for start in (0, 1)]
+    looks = mark or {(True, False): "UTF-16BE", (False, True): "UTF-16LE"}.get((zeros[0], zeros[1]))
+    if looks:
+        sign = f"its byte order mark is 0x{beginning[:2].hex().upper()}" if mark else "every other byte is zero"
+        name = "UTF-16" if mark else looks
+        raise InputError(f"{path}:1: looks like {looks} ({sign}), and not like UTF-8; {_iconv(name, path)}")
+
+
+def _not_utf8(path: Path, line: int, at: int, byte: int) -> str:
+    mend = _iconv("WINDOWS-1252", path)
+    return f"{path}:{line}: byte {at} of the line is not UTF-8 text, but 0x{byte:02X}; if it is Windows-1252, {mend}"
+
+
+def _iconv(encoding: str, path: Path) -> str:
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    return f"make it UTF-8: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
 
 
 # ---------------------------------------------------------------- JSON
@@ -336,19 +359,22 @@ class _Window:
     def __init__(self, reader: Reader):
         self.reader, self.line, self.text, self.at = reader, 1, "", 0
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.ended = False
+        self.begun = self.ended = False
 
     def more(self, size: int) -> None:
         """Read on; what was passed is let go."""
         self.text, self.at = self.text[self.at :], 0
         data = self.reader.read(size)
         self.ended = not data
+        if not self.begun:
+            _refuse_utf16(self.reader.path, data)
+            self.begun = True
         try:
             self.text += self.decoder.decode(data, final=self.ended)
         except UnicodeDecodeError as error:
             before = self.text + error.object[: error.start].decode("utf-8", "replace")
             number, column = self.line + before.count("\n"), len(before.rpartition("\n")[2].encode()) + 1
-            raise InputError(f"{self.reader.path}:{number}: byte {column} of the line is not UTF-8 text") from None
+            raise InputError(_not_utf8(self.reader.path, number, column, error.object[error.start])) from None
 
     def rest(self) -> bool:
         """Return whether anything is left."""
@@ -425,6 +451,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, Cells]]:
             if header is None:
                 header = cells
                 twice = [name for name, number in Counter(header).items() if number > 1]
+                if "" in twice:
+                    raise InputError(f"{where}: {header.count('')} columns have no name; name or remove them")
                 if twice:
                     raise InputError(printable(f"{where}: the header names column {twice[0]} twice"))
             elif len(cells) != len(header):

@@ -27,6 +27,7 @@ from rlhf_kit.columns import (
     is_there,
     optional_columns,
     optional_value,
+    our_way,
     template_columns,
     value_of,
 )
@@ -590,6 +591,8 @@ def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]
     theirs = card.columns[name]
     if isinstance(theirs, dict) and theirs.get("system") == missing and " " in missing:
         return f"column {missing!r}; where that is the text itself, write system: {{text: {missing}}}"
+    if (ours := our_way(missing)) != missing:
+        return f"column {missing}, which the card takes for {name}; the way into a column is written {ours}"
     near = did_you_mean(missing, cells)
     seen = "" if near.startswith("; known") else f" (columns: {', '.join(map(str, cells))})"
     mend = "" if name in card.mapped else f"; map it in {card.path}: columns: {{{name}: <their name>}}"

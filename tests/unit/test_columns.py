@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kit.columns import Missing, columns_of, fault, optional_columns, path_of, value_of
+from rlhf_kit.columns import Missing, columns_of, fault, optional_columns, our_way, path_of, value_of
 
 ROW = {
     "a": "1",
@@ -92,6 +92,7 @@ def test_columns_and_faults():
     assert optional_columns({"system": "s?", "user": "{a?} {b}?"}) == ["s?", "a?"]
     assert (columns_of("Better?"), optional_columns(["Better?"])) == (["Better?"], [])
     assert fault("{a") is not None and fault("a[0].b") is None
+    assert fault("{{ a }}") == "a template has single braces: {a}"
     assert "its own braces being {{ and }}" in str(fault(r"\boxed{}: {a}")) and fault("{{a}} {b}") is None
     assert fault({"user": "q?"}) == "what the user asks cannot be missing; take the ? off"
     assert fault({"user": "{q}?"}) is fault({"system": {"text": "x"}, "user": "q"}) is None
@@ -99,6 +100,18 @@ def test_columns_and_faults():
         assert fault(parts) == "a text of the card's own is system: {text: Be brief.}"
     assert fault({"assistant": "a"}) == "a prompt of messages has system, history, user, not assistant"
     assert fault({"system": "a"}) == "a prompt of messages needs user: what is asked"
+
+
+@pytest.mark.parametrize(
+    ("written", "ours"),
+    [
+        ("$.x.y[*].z", "x.y[].z"), ("x['y'][0]", "x.y[0]"), ("$['x'].y", "x.y"), ('x["a b"]', "x.a b"), ("$", "$"),
+        ("$price", "$price"), ("a'b", "a'b"), ("x.y[0]", "x.y[0]"), ("x['a.b']", "x['a.b']"), ("$.", "$."),
+    ],
+)  # fmt: skip
+def test_paths_in_other_words(written, ours):
+    """JSONPath and Python, as far as we have words for it."""
+    assert our_way(written) == ours
 
 
 @given(st.text())

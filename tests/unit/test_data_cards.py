@@ -166,6 +166,11 @@ class TestMessages:
             ({"filters": {"max_row": 3}}, "rlhf_kit.filters.max_row: unknown key; did you mean max_rows?"),
             ({"filters": {"where": {"a": {"b": 1}}}}, "rlhf_kit.filters.where.a: must be a value or a list of values"),
             ({"format": "hhh"}, "must be hh, common_prefix or threads"),
+            ({"heldout": "10%"}, "rlhf_kit.heldout: must be a share, not 10%; write 0.1"),
+            ({"source": "https://huggingface.co/datasets/a/b/tree/main"}, "write {hub: a/b, revision: <commit>}"),
+            ({"source": "https://host/x.jsonl"}, "is an address; get the file and name it"),
+            ({"source": {"hub": "https://huggingface.co/datasets/a/b", "revision": "x"}}, "an address; write hub: a/b"),
+            ({"columns": {"prompt": {"user": None}}}, "must be columns, written as text (a template in quotes)"),
             ({"rows": "data"}, "rlhf_kit.rows: is for .json files; seen a.jsonl"),
             ({"rows": ["data"]}, "rlhf_kit.rows: must be text; seen a list"),
             ({"roles": {"user": []}}, "roles.user: must be a name in the data or a list of names; seen a list"),
@@ -232,6 +237,10 @@ class TestMessages:
             ("---\nkind: prompts\nsource: x\n---\n", "indent kind and source below rlhf_kit:"),
             ("---\nrlhf-kit: {}\n---\n", "card.md:2: rlhf-kit: unknown key; did you mean rlhf_kit?"),
             ("---\nrlhf_kit: 3\n---\n", "card.md:2: rlhf_kit: must be a mapping; seen 3"),
+            (
+                "---\nrlhf_kit: {columns: {prompt: x.y[0]}}\n---\n",
+                'put text with brackets or braces in quotes: "x.y[0]"',
+            ),
             ("---\nlicense: mit\nrlhf_kit:\n  kind: a: b\n---\n", "card.md:4: not YAML"),
         ],
     )

@@ -658,6 +658,20 @@ class TestFiles:
             ("d.jsonl", b'["a"]\n', 'd.jsonl:1: a row is an object such as {"prompt": "..."}; seen ["a"]'),
             ("d.jsonl", b"[" * 100_000, "d.jsonl:1: not a line of JSON: nested too deeply"),
             ("d.jsonl", b'{"prompt": "\xff"}', "d.jsonl:1: byte 13 of the line is not UTF-8"),
+            (
+                "d.jsonl",
+                b'{"prompt": "caf\xe9"}',
+                "d.jsonl:1: byte 16 of the line is not UTF-8 text, but 0xE9; if it is W",
+            ),
+            (
+                "d.json",
+                b'[{"prompt": "caf\xe9"}]',
+                "d.json:1: byte 17 of the line is not UTF-8 text, but 0xE9; if it is W",
+            ),
+            ("d.csv", "prompt\nQ".encode("utf-16"), "d.csv:1: looks like UTF-16LE (its byte order mark is 0xFFFE)"),
+            ("d.jsonl", '{"prompt": "Q"}'.encode("utf-16-be"), "d.jsonl:1: looks like UTF-16BE (every other byte is"),
+            ("d.json", '[{"prompt": "Q"}]'.encode("utf-16-le"), "d.json:1: looks like UTF-16LE (every other byte is"),
+            ("d.csv", b"prompt,,\na,b,c\n", "d.csv:1: 2 columns have no name; name or remove them"),
             ("d.json", b'[{"prompt": "a"},\n{"prompt": "b"}', "d.json:2: the list has no end"),
             ("d.json", b'[{"prompt": "a"}] x', "d.json:1: there is more behind the end"),
             ("d.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "d.json:2: not JSON: Expecting ':' delimiter"),
@@ -784,6 +798,10 @@ class TestFiles:
             "map it in c.md: columns: {prompt: <their name>}",
         ]
         (message,) = wrong(rows, "demonstrations", columns={"prompt": "question", "completion": "anwser"})
+        (told,) = wrong(rows, "demonstrations", columns={"prompt": "$.question", "completion": "answer"})
+        assert told.endswith(
+            "no column $.question, which the card takes for prompt; the way into a column is written question"
+        )
         assert message == (
             "d.jsonl:1: there is no column anwser, which the card takes for completion; did you mean answer? "
             "(columns: question, answer)"
