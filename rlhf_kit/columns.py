@@ -6,7 +6,7 @@
     completions[].overall_score    of every element, as a list; [:9] of the first nine
     "{instruction}\\n{input?}"      a template over several of them; one with ? may be missing or null
     [answer_1, answer_2]           a list of them
-    {system: sys?, user: question} chat messages, for prompts; {system: {text: Be brief.}} for one text in all rows
+    {system: "s?", user: question} chat messages, for prompts; {system: {text: Be brief.}} for one text in all rows
 
 Where a path goes into a text, the text is read as JSON, which is how .csv files hold lists. A column whose own name is
 written like a path (`preference.responses`, `Better?`) is taken before the way into another. Braces of a template's own

@@ -579,7 +579,9 @@ def _other_shape(card: DataCard, where: str, cells: Mapping[str, Any]) -> str | 
 def _no_columns(card: DataCard, names: Sequence[str], cells: Mapping[str, Any]) -> str:
     """Return what is said of several columns that are not there and not mapped, and how to map them."""
     theirs = {name: close[0] for name in names if (close := difflib.get_close_matches(name.lower(), list(cells), n=1))}
-    ways = ", ".join(f"{name}: {theirs.get(name, '<their name>')}" for name in names)
+    plain = re.compile(r"[A-Za-z][\w.-]*( [\w.-]+)*")  # else YAML needs quotes
+    written = {name: way if plain.fullmatch(way) else json.dumps(way) for name, way in theirs.items()}
+    ways = ", ".join(f"{name}: {written.get(name, '<their name>')}" for name in names)
     return (
         f"columns {', '.join(names)}; columns: {', '.join(sorted(map(str, cells)))}; map them in {card.path}: "
         f"columns: {{{ways}}}"

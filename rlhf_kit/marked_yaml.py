@@ -237,7 +237,7 @@ def _syntax_hint(error: yaml.MarkedYAMLError) -> str:
     if "expected a single document" in said:
         return "; keep one document in a file"
     if "expected ',' or '}'" in said or "expected ',' or ']'" in said:
-        return '; put text with brackets or braces in quotes: "x.y[0]", "{question}"'
+        return '; put text with [ ] { } or ? in quotes: "x.y[0]", "{question}"'
     if "could not find expected ':'" in said or "expected <block end>" in said:
         return "; look at the indentation here and in the line above"
     return ""

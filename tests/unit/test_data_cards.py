@@ -239,7 +239,7 @@ class TestMessages:
             ("---\nrlhf_kit: 3\n---\n", "card.md:2: rlhf_kit: must be a mapping; seen 3"),
             (
                 "---\nrlhf_kit: {columns: {prompt: x.y[0]}}\n---\n",
-                'put text with brackets or braces in quotes: "x.y[0]"',
+                'put text with [ ] { } or ? in quotes: "x.y[0]"',
             ),
             ("---\nlicense: mit\nrlhf_kit:\n  kind: a: b\n---\n", "card.md:4: not YAML"),
         ],

@@ -110,6 +110,16 @@ class TestKinds:
         first, second, _ = wrong(rows, "prompts", columns={"prompt": "{ask}\n{with}"})
         assert all("write {with?} where rows may lack it" in message for message in (first, second))
 
+    def test_messages_that_may_be_missing(self, here):
+        """As the documentation writes them, with quotation marks where YAML wants them."""
+        Path("d.jsonl").write_text('{"ask": "Q"}\n{"ask": "R", "sys": "S", "past": [["a", "b"]]}\n')
+        way = '{system: "sys?", history: "past?", user: "{ask}?"}'
+        Path("c.md").write_text(f"---\nrlhf_kit: {{kind: prompts, source: d.jsonl, columns: {{prompt: {way}}}}}\n---\n")
+        found = load_examples(load_card("c.md"))
+        prompts = [row.prompt for row in [*found.train, *found.heldout]]
+        whole = [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("R?")]
+        assert sorted(prompts, key=len) == [[user("Q?")], whole]
+
     def test_a_system_text_of_the_cards_own(self, here):
         """The same in every row; a text where a column should stand is told how it is written."""
         prompt = {"system": {"text": "Be {brief}."}, "user": "prompt"}
@@ -791,8 +801,8 @@ class TestFiles:
             "d.jsonl:1: there are no columns prompt, completion; columns: answer, question; "
             "map them in c.md: columns: {prompt: <their name>, completion: <their name>}",
         ]
-        (message,) = wrong([{"Prompt": "Q", "good": "A", "reject": "B"}], "preferences")
-        assert message.endswith("{prompt: Prompt, chosen: <their name>, rejected: reject}")
+        (message,) = wrong([{"Prompt": "Q", "good": "A", " reject": "B"}], "preferences")
+        assert message.endswith('{prompt: Prompt, chosen: <their name>, rejected: " reject"}')
         assert wrong([{"question": "Q", "completion": "A"}], "demonstrations") == [
             "d.jsonl:1: there is no column prompt; columns: completion, question; "
             "map it in c.md: columns: {prompt: <their name>}",
