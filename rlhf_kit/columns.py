@@ -95,20 +95,21 @@ def optional_columns(expression: Expression) -> list[str]:
     return [path for path, optional in _paths(expression) if optional]
 
 
-def _paths(expression: Expression, of_messages: bool = False) -> list[tuple[str, bool]]:
-    """Return paths and whether a row may lack them: a question mark means that in templates and in messages only."""
+def _paths(expression: Expression, role: str = "user") -> list[tuple[str, bool]]:
+    """Return paths and whether a row may lack them: a question mark means that in templates, and before what the user
+    says; else it belongs to the column's name."""
     match expression:
         case str():
             if names := template_columns(expression):
                 return [(path, path.endswith("?")) for path in names]
-            return [(expression, of_messages and _ends_optional(expression))]
+            return [(expression, _may_lack(role, expression))]
         case list():
             return [path for part in expression for path in _paths(part)]
-    return [path for part in _parts(expression) for path in _paths(part, of_messages=True)]
+    return [path for role, part in expression.items() if isinstance(part, str) for path in _paths(part, role)]
 
 
-def _ends_optional(part: str) -> bool:
-    return part.endswith("?") and not template_columns(part)
+def _may_lack(role: str, part: str) -> bool:
+    return role != "user" and part.endswith("?") and not template_columns(part)
 
 
 def fault(expression: Expression) -> str | None:
@@ -119,8 +120,6 @@ def fault(expression: Expression) -> str | None:
             return f"a prompt of messages has {', '.join(ROLES)}, not {unknown[0]}"
         if "user" not in expression and "history" not in expression:
             return "a prompt of messages needs user: what is asked"
-        if isinstance(user := expression.get("user"), str) and _ends_optional(user):
-            return "what the user asks cannot be missing; take the ? off"
         own = {role: text for role, text in expression.items() if isinstance(text, dict)}
         if any(role != "system" or text.keys() != {"text"} for role, text in own.items()):
             return "a text of the card's own is system: {text: Be brief.}"
@@ -166,7 +165,7 @@ def value_of(expression: Expression, cells: Mapping[str, Any], *, gaps: bool = F
         return _BRACES.sub(lambda match: filled[match[1]] if match[1] else match[0][0], expression).strip()
     if isinstance(expression, list):
         return [value_of(part, cells) for part in expression]
-    return {role: _of_messages(part, cells) for role, part in expression.items()}
+    return {role: _of_messages(role, part, cells) for role, part in expression.items()}
 
 
 def optional_value(path: str, cells: Mapping[str, Any]) -> Any:
@@ -177,10 +176,10 @@ def optional_value(path: str, cells: Mapping[str, Any]) -> Any:
         return None
 
 
-def _of_messages(part: str | Constant, cells: Mapping[str, Any]) -> Any:
+def _of_messages(role: str, part: str | Constant, cells: Mapping[str, Any]) -> Any:
     if isinstance(part, dict):
         return part["text"]
-    return optional_value(part, cells) if _ends_optional(part) else value_of(part, cells)
+    return optional_value(part, cells) if _may_lack(role, part) else value_of(part, cells)
 
 
 def _filled(name: str, cells: Mapping[str, Any]) -> str:

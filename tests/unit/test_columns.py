@@ -50,6 +50,7 @@ ROW = {
             {"system": "none?", "history": "null?", "user": "{a} ok?"},
             {"system": None, "history": None, "user": "1 ok?"},
         ),
+        ({"system": "Better?", "user": "Better?"}, {"system": "yes", "user": "yes"}),
         ({"system": {"text": "{a}"}, "user": "a"}, {"system": "{a}", "user": "1"}),
         ({"system": "a", "user": "{info.post}!"}, {"system": "1", "user": "P!"}),
     ],
@@ -94,8 +95,8 @@ def test_columns_and_faults():
     assert fault("{a") is not None and fault("a[0].b") is None
     assert fault("{{ a }}") == "a template has single braces: {a}"
     assert "its own braces being {{ and }}" in str(fault(r"\boxed{}: {a}")) and fault("{{a}} {b}") is None
-    assert fault({"user": "q?"}) == "what the user asks cannot be missing; take the ? off"
-    assert fault({"user": "{q}?"}) is fault({"system": {"text": "x"}, "user": "q"}) is None
+    assert (columns_of({"user": "Better?"}), optional_columns({"user": "Better?"})) == (["Better?"], [])
+    assert fault({"system": {"text": "x"}, "user": "q"}) is None
     for parts in ({"system": {"txt": "x"}, "user": "q"}, {"user": {"text": "x"}}):
         assert fault(parts) == "a text of the card's own is system: {text: Be brief.}"
     assert fault({"assistant": "a"}) == "a prompt of messages has system, history, user, not assistant"
