@@ -33,6 +33,7 @@ from rlhf_kit.errors import InputError
 from rlhf_kit.examples import (
     OVER_LINES,
     SHOWN,
+    SPELLS_MESSAGES,
     Book,
     Demonstration,
     Preference,
@@ -248,11 +249,19 @@ def _by_blocks(card: DataCard, path: Path, book: Book) -> Iterator[_Batch]:
         theirs["annotator"] = who
         by_line |= not isinstance(cells[who], str)
     for block in json_blocks(path, sorted(set(theirs.values()))):
-        if by_line or block.columns is None:
+        if by_line or block.columns is None or _may_spell_messages(block.columns, theirs):
             yield from _by_lines(card, block, book)
             continue
         columns = {name: block.columns[way].to_pylist() for name, way in theirs.items()}
         yield from _by_columns(card, block, columns, book)
+
+
+def _may_spell_messages(columns: Mapping[str, Any], theirs: Mapping[str, str]) -> bool:
+    """Return whether a prompt or an answer may be a JSON list of messages, written as text."""
+    from pyarrow import compute
+
+    looked_at = [columns[way] for name, way in theirs.items() if name not in ("text", "annotator")]
+    return any(compute.any(compute.match_substring_regex(column, SPELLS_MESSAGES)).as_py() for column in looked_at)
 
 
 def _by_lines(card: DataCard, block: Block, book: Book) -> Iterator[_Batch]:
@@ -515,7 +524,8 @@ class _Looking:
         if self.refused:
             result.problems.append(f"{card.path}: {refusal(self.refused, self.count)}")
         if not self.count:
-            result.problems = result.problems or [f"{card.path}: no row is left of {book.read:,} read"]
+            what = f"no row is left of {book.read:,} read{book.wanted(card)}"
+            result.problems = result.problems or [f"{card.path}: {what}"]
             return result
         self._tell_duplicates(result)
         self._tell_prompts(result)

@@ -4,18 +4,20 @@
     info.post                      a field inside of it
     summaries[0].text              an element of a list; [-1] is the last one
     completions[].overall_score    of every element, as a list; [:9] of the first nine
-    "{instruction}\\n{input}"       a template over several of them
+    "{instruction}\\n{input?}"      a template over several of them; one with ? may be missing or null
     [answer_1, answer_2]           a list of them
     [1, 2, 2]                      numbers, the same in each row, for ranks and names
-    {system: sys, user: question}  chat messages, for prompts
+    {system: "s?", user: question} chat messages, for prompts; {system: {text: Be brief.}} for one text in all rows
 
 Where a path goes into a text, the text is read as JSON, which is how .csv files hold lists. A column whose own name is
-written like a path (`preference.responses`) is taken before the way into another.
+written like a path (`preference.responses`, `Better?`) is taken before the way into another. Braces of a template's own
+are written twice: {{ and }}.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -23,16 +25,29 @@ from typing import Any
 
 from rlhf_kit.errors import did_you_mean
 
-__all__ = ["ROLES", "Expression", "Missing", "columns_of", "fault", "is_there", "value_of"]
+__all__ = [
+    "ROLES",
+    "Expression",
+    "Missing",
+    "columns_of",
+    "fault",
+    "is_there",
+    "optional_columns",
+    "optional_value",
+    "our_way",
+    "value_of",
+]
 
-Expression = str | list[str] | list[int | float] | dict[str, str]
+Constant = dict[str, str]
+"""{"text": ...}: what every row has, and no column."""
+Expression = str | list[str] | list[int | float] | dict[str, str | Constant]
 Step = str | int | slice
 
 ROLES = ("system", "history", "user")
 """Keys of a prompt's chat messages: history is a list of messages, or of pairs of question and answer."""
 
 _STEP = re.compile(r"\.([^.\[\]{}]+)|\[(-?\d{1,9})\]|\[(?:(-?\d{1,9})?:(-?\d{1,9})?)?\]")
-_BRACES = re.compile(r"\{([^{}]+)\}")
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 class Missing(LookupError):
@@ -65,16 +80,37 @@ def path_of(text: str) -> tuple[Step, ...]:
 
 @lru_cache(maxsize=1024)
 def template_columns(template: str) -> tuple[str, ...]:
-    """Return what a template such as "{instruction}\\n{input}" names in braces; nothing if it is not a template."""
-    parts = _BRACES.split(template)
-    return () if any("{" in text or "}" in text for text in parts[::2]) else tuple(parts[1::2])
+    """Return what a template such as "{instruction}\\n{input?}" names in braces, as it is written there; nothing if it
+    is not a template."""
+    rest = _BRACES.sub("", template)
+    return () if "{" in rest or "}" in rest else tuple(path for path in _BRACES.findall(template) if path)
 
 
 def columns_of(expression: Expression) -> list[str]:
-    """Return the paths that an expression is made of, templates taken apart."""
-    if isinstance(expression, str):
-        return list(template_columns(expression)) or [expression]
-    return [path for part in _parts(expression) for path in columns_of(part)]
+    """Return the paths that an expression is made of, templates taken apart, less those that a row may lack."""
+    return [path for path, optional in _paths(expression) if not optional]
+
+
+def optional_columns(expression: Expression) -> list[str]:
+    """Return the paths that a row may lack, with their question marks."""
+    return [path for path, optional in _paths(expression) if optional]
+
+
+def _paths(expression: Expression, role: str = "user") -> list[tuple[str, bool]]:
+    """Return paths and whether a row may lack them: a question mark means that in templates, and before what the user
+    says; else it belongs to the column's name."""
+    match expression:
+        case str():
+            if names := template_columns(expression):
+                return [(path, path.endswith("?")) for path in names]
+            return [(expression, _may_lack(role, expression))]
+        case list():
+            return [path for part in _parts(expression) for path in _paths(part)]
+    return [path for role, part in expression.items() if isinstance(part, str) for path in _paths(part, role)]
+
+
+def _may_lack(role: str, part: str) -> bool:
+    return role != "user" and part.endswith("?") and not template_columns(part)
 
 
 def fault(expression: Expression) -> str | None:
@@ -85,13 +121,18 @@ def fault(expression: Expression) -> str | None:
             return f"a prompt of messages has {', '.join(ROLES)}, not {unknown[0]}"
         if "user" not in expression and "history" not in expression:
             return "a prompt of messages needs user: what is asked"
+        own = {role: text for role, text in expression.items() if isinstance(text, dict)}
+        if any(role != "system" or text.keys() != {"text"} for role, text in own.items()):
+            return "a text of the card's own is system: {text: Be brief.}"
     for part in [expression] if isinstance(expression, str) else _parts(expression):
+        if re.fullmatch(r"\{\{\s*[^{}]+?\s*\}\}", part):
+            return f"a template has single braces: {{{part.strip('{} ')}}}"
         if ("{" in part or "}" in part) and not template_columns(part):
-            return 'a template names columns in braces, such as "{instruction} {input}"'
+            return 'a template names columns in braces, such as "{instruction} {input}", its own braces being {{ and }}'
     return None
 
 
-def _parts(expression: list[str] | list[int | float] | dict[str, str]) -> list[str]:
+def _parts(expression: list[str] | list[int | float] | dict[str, str | Constant]) -> list[str]:
     parts = expression if isinstance(expression, list) else expression.values()
     return [part for part in parts if isinstance(part, str)]
 
@@ -99,6 +140,12 @@ def _parts(expression: list[str] | list[int | float] | dict[str, str]) -> list[s
 def is_there(path: str, cells: Mapping[str, Any]) -> bool:
     """Return whether the row has the column that a path begins with."""
     return path in cells or path_of(path)[0] in cells
+
+
+def our_way(path: str) -> str:
+    """Return a path that is written as in JSONPath or Python, `$.x['y'][*]`, in our words: `x.y[]`."""
+    ours = re.sub(r"^\$(?=[.\[])\.?", "", path).replace("[*]", "[]")
+    return re.sub(r"""\[(["'])([^"'\[\].]+)\1\]""", r".\2", ours).lstrip(".") or path
 
 
 def value_of(expression: Expression, cells: Mapping[str, Any], *, gaps: bool = False) -> Any:
@@ -116,17 +163,41 @@ def value_of(expression: Expression, cells: Mapping[str, Any], *, gaps: bool = F
         if not names:
             return _walk(cells, path_of(expression), expression, gaps)
         filled = {name: _filled(name, cells) for name in names}
-        return _BRACES.sub(lambda match: filled[match[1]], expression).strip()
+        return _BRACES.sub(lambda match: filled[match[1]] if match[1] else match[0][0], expression).strip()
     if isinstance(expression, list):
         return [value_of(part, cells) if isinstance(part, str) else part for part in expression]
-    return {role: value_of(part, cells) for role, part in expression.items()}
+    return {role: _of_messages(role, part, cells) for role, part in expression.items()}
+
+
+def optional_value(path: str, cells: Mapping[str, Any]) -> Any:
+    """Return the value where a path with a question mark leads, None if the row does not have it."""
+    try:
+        return value_of(path if path in cells else path.removesuffix("?"), cells)
+    except Missing:
+        return None
+
+
+def _of_messages(role: str, part: str | Constant, cells: Mapping[str, Any]) -> Any:
+    if isinstance(part, dict):
+        return part["text"]
+    return optional_value(part, cells) if _may_lack(role, part) else value_of(part, cells)
 
 
 def _filled(name: str, cells: Mapping[str, Any]) -> str:
-    value = cells[name] if name in cells else _walk(cells, path_of(name), name)
+    """Return the text that a part of a template becomes; numbers, true and false are written as in JSON."""
+    optional = name.endswith("?")
+    mend = f"; write {{{name}?}} where rows may lack it"
+    try:
+        value = optional_value(name, cells) if optional else value_of(name, cells)
+    except Missing as missing:
+        raise Missing(missing.reason, missing.detail + mend) from None
+    if value is None and optional:
+        return ""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return json.dumps(value)
     if not isinstance(value, str):
         seen = "nothing (null)" if value is None else json.dumps(value, ensure_ascii=False, default=str)[:80]
-        raise Missing("non-text cell", f"column {name} must be text; seen {seen}")
+        raise Missing("non-text cell", f"column {name} must be text; seen {seen}{mend if value is None else ''}")
     return value
 
 

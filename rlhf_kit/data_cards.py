@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from rlhf_kit.columns import Expression, fault, path_of, template_columns
+from rlhf_kit.columns import Expression, fault, optional_columns, path_of, template_columns
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml
 from rlhf_kit.recipe import STAGE_KINDS
@@ -132,10 +132,15 @@ _RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}")
 
 def _column(written: Any) -> Any:
     if isinstance(written, list | dict):
-        parts = written.values() if isinstance(written, dict) else written
+        parts = _texts_of(written) if isinstance(written, dict) else written
         if written and (all(isinstance(part, str) and part for part in parts) or _are_numbers(written)):
             return written
-        raise PydanticCustomError("unexpected", "{expected}", {"expected": "columns, written as text"})
+        quoted = (
+            "columns, written as text (a template in quotes)"
+            if isinstance(written, dict)
+            else "columns, written as text"
+        )
+        raise PydanticCustomError("unexpected", "{expected}", {"expected": quoted})
     if isinstance(written, str) and written:
         return written
     raise (
@@ -151,6 +156,11 @@ def _are_numbers(written: Any) -> bool:
     return numbers != [] and all(isinstance(part, int | float) and not isinstance(part, bool) for part in numbers)
 
 
+def _texts_of(messages: dict[str, Any]) -> list[Any]:
+    """Return what messages are made of, texts of the card's own as such."""
+    return [part["text"] if isinstance(part, dict) and "text" in part else part for part in messages.values()]
+
+
 def _scale(written: Any) -> Any:
     ends = written if isinstance(written, list) else []
     if len(ends) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends):
@@ -158,8 +168,16 @@ def _scale(written: Any) -> Any:
     raise PydanticCustomError("unexpected", "{expected}", {"expected": "the lowest and the highest rating: [1, 7]"})
 
 
+def _names(written: Any) -> Any:
+    names = written if isinstance(written, list) else [written]
+    if names and all(isinstance(name, str | int) and not isinstance(name, bool) and name != "" for name in names):
+        return [str(name).lower() for name in names]
+    raise PydanticCustomError("unexpected", "{expected}", {"expected": "a name in the data or a list of names"})
+
+
 Scale = Annotated[list[float], BeforeValidator(_scale)]
 Values = Annotated[list[Any], BeforeValidator(_values)]
+Names = Annotated[list[str], BeforeValidator(_names)]
 _Column = Annotated[Any, BeforeValidator(_column)]
 
 
@@ -185,6 +203,18 @@ class Preferred(Settings):
     """Values whose rows are left out, and counted."""
 
 
+class Roles(Settings):
+    """Whose words a message holds, by the names that the data has for them, in upper case or lower; beside those that
+    are known."""
+
+    system: Names = Field(default=[])
+    """Names of whoever sets the scene."""
+    user: Names = Field(default=[])
+    """Names of whoever asks."""
+    assistant: Names = Field(default=[])
+    """Names of whoever answers, as the model is to."""
+
+
 @dataclass(frozen=True)
 class DataCard:
     """What a card says. `path` and `sources` open from the working directory."""
@@ -193,6 +223,8 @@ class DataCard:
     name: str
     kind: Kind
     sources: tuple[Path, ...] | HubSource
+    rows: str | None
+    """In .json files that are one object, the way to the list of rows."""
     format: Literal["hh", "common_prefix", "threads"] | None
     quoting: Literal["none"] | None
     """Of .csv and .tsv files: none where quotes are text."""
@@ -202,6 +234,10 @@ class DataCard:
     """Those of our names that the card maps itself."""
     templates: Mapping[str, str]
     """Prompts over several columns, by name, of which each row draws one."""
+    optional: tuple[str, ...]
+    """What of both a row may lack, with question marks."""
+    roles: Mapping[str, str]
+    """The data's names, in lower case, of those who speak in messages -> ours; beside the ones that are known."""
     preferred: Preferred | None
     votes: Literal["majority", "probability"] | None
     scale: tuple[float, float] | None
@@ -257,6 +293,8 @@ class _Block(Settings):
     source: Any
     """A file, a pattern of names, a list of files, or a dataset on the Hub {hub, revision, ...}. Files are looked for
     in the recipe's data_root, beside the card, then in the working directory."""
+    rows: Text | None = None
+    """In .json files that are one object, the key (or way: a.b) behind which the list of rows stands."""
     format: Literal["hh", "common_prefix", "threads"] | None = None
     """hh: transcripts "Human: ... Assistant: ..." of which the last answer is the completion; common_prefix: chosen and
     rejected begin with the prompt; threads: a row is a message that names the one it answers."""
@@ -266,6 +304,8 @@ class _Block(Settings):
     """Our name: where the value stands in a row. Names that agree need not be listed."""
     templates: dict[str, Text] = Field(default={})
     """Name: a prompt over several columns; each row draws one, by its content."""
+    roles: Roles = Roles()
+    """Ours: what the data calls those who speak in messages, where it is not a name that is known."""
     preferred: Preferred | None = None
     """What the values of the column `preferred`, or of `comparisons`, mean."""
     votes: Literal["majority", "probability"] | None = None
@@ -323,7 +363,7 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
     front, text = _front_matter(path)
     metadata = front.value
     raw = dict(metadata["rlhf_kit"])
-    for name in ("filters", "columns", "templates"):
+    for name in ("filters", "columns", "templates", "roles"):
         if name in raw and raw[name] is None:  # its every key commented out
             raw[name] = {}
     metadata["rlhf_kit"] = raw
@@ -333,24 +373,36 @@ def load_card(path: str | Path, data_root: str | Path | None = None) -> DataCard
     if "source" in raw:
         sources = _sources(raw["source"], ("rlhf_kit", "source"), places, front, problems)
     heldout = _heldout(raw.get("heldout", 0.1), sources, places, front, problems)
+    named = sources if isinstance(sources, tuple) else ()
+    if isinstance(raw.get("rows"), str):
+        files = [*named, *(heldout if isinstance(heldout, tuple) else ())]
+        others = [str(file) for file in files if data_suffix(file) not in (".json", ".json.gz", ".json.zst")]
+        if others or isinstance(sources, HubSource):
+            problems.append((("rlhf_kit", "rows"), f"is for .json files; seen {others[0] if others else sources}"))
     problems += _column_problems(raw, front)
-    files = sources if isinstance(sources, tuple) else ()
-    if raw.get("quoting") and sources and not any((data_suffix(path) or "")[:4] in (".csv", ".tsv") for path in files):
+    tables = [file for file in named if (data_suffix(file) or "")[:4] in (".csv", ".tsv")]
+    if raw.get("quoting") and sources and not tables:
         problems.append((("rlhf_kit", "quoting"), "is for .csv and .tsv files, of which the source names none"))
+    problems += _role_problems(raw.get("roles"))
     if problems:
         raise InputError(front.messages(problems))
     block = _Block.model_validate(raw)
+    columns = _columns(raw)
+    ways = [*columns.values(), *block.templates.values()]
     assert sources is not None and heldout is not None
     return DataCard(
         path=path,
         name=path.stem,
         kind=block.kind,
         sources=sources,
+        rows=block.rows,
         format=block.format,
         quoting=block.quoting,
-        columns=_columns(raw),
+        columns=columns,
         mapped=frozenset(block.columns),
         templates=block.templates,
+        optional=tuple(dict.fromkeys(path for way in ways for path in optional_columns(way))),
+        roles={name: role for role, names in block.roles for name in names},
         preferred=block.preferred,
         votes=block.votes,
         scale=None if block.scale is None else (block.scale[0], block.scale[1]),
@@ -409,7 +461,7 @@ def _problems(settings: type[BaseModel], raw: Mapping[str, Any], at: KeyPath, ma
             if loc[:3] == ("rlhf_kit", "filters", "where") and len(loc) > 3:
                 yield loc[:4], f"must be a value or a list of values; seen {marked.seen(loc[:4])}"
                 continue
-            inner: Mapping[str, type[Settings]] = {"filters": Filters, "preferred": Preferred}
+            inner: Mapping[str, type[Settings]] = {"filters": Filters, "preferred": Preferred, "roles": Roles}
             key, inside = str(loc[-1]), inner.get(str(loc[-2]), settings)
             match error["type"]:
                 case "extra_forbidden":
@@ -509,9 +561,19 @@ def names_of(completions: Any) -> list[str] | None:
     return [str(end) for end in ends] if ends and all(isinstance(end, str) for end in ends) else None
 
 
+def _role_problems(roles: Any) -> Iterator[Problem]:
+    """Yield names that are given to two roles; what else may be wrong with them is told already."""
+    said: dict[str, str] = {}
+    for role, names in roles.items() if isinstance(roles, dict) else ():
+        for name in names if isinstance(names, list) else [names]:
+            before = said.setdefault(str(name).lower(), role)
+            if before != role:
+                yield ("rlhf_kit", "roles", role), f"gives {name} to {role}, and {before} has it; keep one"
+
+
 def _is_written(theirs: Any) -> bool:
     """Return whether a column is text or made of texts; what else it may be is told already."""
-    parts = theirs.values() if isinstance(theirs, dict) else theirs if isinstance(theirs, list) else [theirs]
+    parts = _texts_of(theirs) if isinstance(theirs, dict) else theirs if isinstance(theirs, list) else [theirs]
     return all(isinstance(part, str) for part in parts)
 
 
@@ -613,6 +675,9 @@ def _sources(
     written: Any, at: KeyPath, places: Sequence[Path], marked: MarkedYaml, problems: list[Problem]
 ) -> tuple[Path, ...] | HubSource | None:
     if isinstance(written, dict):
+        if of_hub := _HUB_ADDRESS.match(str(written.get("hub"))):
+            problems.append(((*at, "hub"), f"is an address; write hub: {of_hub[1]}"))
+            return None
         found = list(_problems(_HubSettings, written, at, marked))
         problems += found
         return None if found else _hub(_HubSettings.model_validate(written))
@@ -631,6 +696,12 @@ def _sources(
             )
         elif path is None and (matching_files := _glob(name, places)):
             files += matching_files
+        elif path is None and (of_hub := _HUB_ADDRESS.match(name)):
+            problems.append(
+                (here, f"is an address; for the Hub dataset write {{hub: {of_hub[1]}, revision: <commit>}}")
+            )
+        elif path is None and "://" in name:
+            problems.append((here, f"{name} is an address; get the file and name it as it is called here"))
         elif path is None and HUB_ID.fullmatch(name) and not Path(name).suffix:
             problems.append(
                 (here, f"there is no file {name}; for the Hub dataset write {{hub: {name}, revision: <commit>}}")
@@ -649,6 +720,9 @@ def _sources(
     if len(set(files)) < len(files):
         problems.append((at, "names a file twice"))
     return tuple(files) if len(problems) == before else None
+
+
+_HUB_ADDRESS = re.compile(rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/({HUB_ID.pattern})")
 
 
 def _glob(pattern: str, places: Sequence[Path]) -> list[Path]:
@@ -702,6 +776,8 @@ def _heldout(
         if 0 <= written < 1:
             return float(written)
         problems.append((at, f"must be a share, at least 0 and less than 1; seen {marked.seen(at)}"))
+    elif isinstance(written, str) and (share := re.fullmatch(r"(\d{1,2}(?:\.\d+)?) ?%", written)):
+        problems.append((at, f"must be a share, not {written}; write {float(share[1]) / 100:g}"))
     elif isinstance(sources, HubSource):
         if isinstance(written, str) and written and written != sources.split:
             return replace(sources, split=written)

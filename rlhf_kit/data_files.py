@@ -18,13 +18,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from rlhf_kit.data_cards import HubSource, data_suffix
-from rlhf_kit.errors import InputError, printable
+from rlhf_kit.errors import InputError, did_you_mean, printable
 
-__all__ = ["MAX_EXPANSION", "MAX_ROW", "Block", "file_rows", "hub_rows", "json_blocks", "json_row", "short"]
+__all__ = [
+    "MAX_EXPANSION",
+    "MAX_ROW",
+    "Block",
+    "file_rows",
+    "hub_rows",
+    "is_one_object",
+    "json_blocks",
+    "json_row",
+    "short",
+]
 
 MAX_ROW = 2**24
 """Bytes of a row, some four million tokens. A .gz of 49 kB can unpack to a row that fills the memory."""
@@ -40,8 +51,10 @@ ARROW_ROWS = 256
 Cells = dict[str, Any]
 
 
-def file_rows(path: Path, *, quoted: bool = True) -> Iterator[tuple[str, Cells]]:
+def file_rows(path: Path, rows: str | None = None, *, quoted: bool = True) -> Iterator[tuple[str, Cells]]:
     """Yield "file:line" and the cells of each row of a file; with quoted=False, quotes in .csv and .tsv files are text.
+
+    rows: the key, or the way "a.b", inside the one object of a .json file behind which the list of rows stands.
 
     Raises:
         InputError: it is cut off, too large, or not what its ending says; with the line.
@@ -52,7 +65,7 @@ def file_rows(path: Path, *, quoted: bool = True) -> Iterator[tuple[str, Cells]]
         case ".jsonl" | ".ndjson":
             return _jsonl_rows(path)
         case ".json":
-            return _json_rows(path)
+            return _json_rows(path, rows)
         case ".csv":
             return _csv_rows(path, ",", quoted)
         case ".tsv":
@@ -143,10 +156,33 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _decoded(path: Path, number: int, line: bytes) -> str:
+    if number == 1:
+        _refuse_utf16(path, line)
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: byte {error.start + 1} of the line is not UTF-8 text") from None
+        raise InputError(_not_utf8(path, number, error.start + 1, line[error.start])) from None
+
+
+def _refuse_utf16(path: Path, beginning: bytes) -> None:
+    """Raise InputError if a file begins as UTF-16 does: with its byte order mark, or with zero bytes among letters."""
+    mark = {codecs.BOM_UTF16_LE: "UTF-16LE", codecs.BOM_UTF16_BE: "UTF-16BE"}.get(beginning[:2])
+    zeros = [beginning[start:200:2].count(0) > len(beginning[:200]) / 8 for start in (0, 1)]
+    looks = mark or {(True, False): "UTF-16BE", (False, True): "UTF-16LE"}.get((zeros[0], zeros[1]))
+    if looks:
+        sign = f"its byte order mark is 0x{beginning[:2].hex().upper()}" if mark else "every other byte is zero"
+        name = "UTF-16" if mark else looks
+        raise InputError(f"{path}:1: looks like {looks} ({sign}), and not like UTF-8; {_iconv(name, path)}")
+
+
+def _not_utf8(path: Path, line: int, at: int, byte: int) -> str:
+    mend = _iconv("WINDOWS-1252", path)
+    return f"{path}:{line}: byte {at} of the line is not UTF-8 text, but 0x{byte:02X}; if it is Windows-1252, {mend}"
+
+
+def _iconv(encoding: str, path: Path) -> str:
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    return f"make it UTF-8: iconv -f {encoding} -t UTF-8 {name} > utf8-{name}"
 
 
 # ---------------------------------------------------------------- JSON
@@ -237,13 +273,63 @@ def json_row(line: str, where: str) -> Cells:
     return _object(row, where)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Cells]]:
-    """Yield the objects of a JSON list; or of a file with one object after another, as some .json files are."""
-    space, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
+_SPACE = re.compile(r"[\s,]*")
+
+
+def is_one_object(path: Path) -> bool:
+    """Return whether a file is one JSON object and neither a list nor lines."""
+    if not path.is_file() or data_suffix(path) not in (".json", ".json.gz", ".json.zst"):
+        return False
     with opened(path) as reader:
         text = _Window(reader)
         text.skip(re.compile(r"\s*"))
+        if not text.starts("{"):
+            return False
+    return len(list(islice(_json_rows(path), 2))) == 1
+
+
+def _enter(text: _Window, decoder: json.JSONDecoder, key: str) -> None:
+    """Go to the value behind a key of the object that begins here."""
+    at = f"{text.reader.path}:{text.line}"
+    if not text.starts("{"):
+        raise InputError(f"{at}: there is no object here that has a key {key}, which the card's rows: names")
+    text.advance(1)
+    passed = _pass(text, decoder, key)
+    if passed is not None:
+        hint = did_you_mean(key, passed)
+        raise InputError(f"{at}: there is no key {key} here, which the card's rows: names{hint}")
+
+
+def _pass(text: _Window, decoder: json.JSONDecoder, until: str | None = None) -> list[str] | None:
+    """Go on to the value behind a key of the object at hand; or behind its end, and return the keys on the way."""
+    passed: list[str] = []
+    while True:
+        text.skip(_SPACE)
+        if not text.rest():
+            raise InputError(f"{text.reader.path}:{text.line}: the object has no end; is the file cut off here?")
+        if text.starts("}"):
+            text.advance(1)
+            return passed
+        name = text.decode(decoder)
+        text.skip(re.compile(r"[\s:]*"))
+        if name == until:
+            return None
+        passed.append(str(name))
+        text.decode(decoder)
+
+
+def _json_rows(path: Path, rows: str | None = None) -> Iterator[tuple[str, Cells]]:
+    """Yield the objects of a JSON list; or of a file with one object after another, as some .json files are."""
+    space, decoder = _SPACE, json.JSONDecoder()
+    with opened(path) as reader:
+        text = _Window(reader)
+        text.skip(re.compile(r"\s*"))
+        keys = [] if rows is None else rows.split(".")
+        for key in keys:
+            _enter(text, decoder, key)
         is_list = text.starts("[")
+        if rows is not None and not is_list:
+            raise InputError(f"{path}:{text.line}: there is no list behind {rows}, which the card's rows: names")
         if is_list:
             text.advance(1)
         text.skip(space)
@@ -258,9 +344,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Cells]]:
             raise InputError(f"{path}:{text.line}: the list has no end; is the file cut off here?")
         if is_list:
             text.advance(1)
+            for _ in keys:
+                _pass(text, decoder)
             text.skip(re.compile(r"\s*"))
             if text.rest():
-                raise InputError(f"{path}:{text.line}: there is more behind the end of the list")
+                raise InputError(
+                    f"{path}:{text.line}: there is more behind the end of the {'object' if keys else 'list'}"
+                )
 
 
 class _Window:
@@ -269,19 +359,22 @@ class _Window:
     def __init__(self, reader: Reader):
         self.reader, self.line, self.text, self.at = reader, 1, "", 0
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.ended = False
+        self.begun = self.ended = False
 
     def more(self, size: int) -> None:
         """Read on; what was passed is let go."""
         self.text, self.at = self.text[self.at :], 0
         data = self.reader.read(size)
         self.ended = not data
+        if not self.begun:
+            _refuse_utf16(self.reader.path, data)
+            self.begun = True
         try:
             self.text += self.decoder.decode(data, final=self.ended)
         except UnicodeDecodeError as error:
             before = self.text + error.object[: error.start].decode("utf-8", "replace")
             number, column = self.line + before.count("\n"), len(before.rpartition("\n")[2].encode()) + 1
-            raise InputError(f"{self.reader.path}:{number}: byte {column} of the line is not UTF-8 text") from None
+            raise InputError(_not_utf8(self.reader.path, number, column, error.object[error.start])) from None
 
     def rest(self) -> bool:
         """Return whether anything is left."""
@@ -323,6 +416,9 @@ class _Window:
                         f"{_json_error(error)} (line {number})"
                     ) from None
                 raise InputError(f"{self.reader.path}:{number}: not JSON: {_json_error(error)}") from None
+            if end == len(self.text) and not self.ended:  # a number may go on
+                self.more(CHUNK)
+                continue
             if end - self.at > MAX_ROW:
                 raise InputError(f"{self.reader.path}:{self.line}: the row is longer than {MAX_ROW:,} bytes")
             self.advance(end - self.at)
@@ -357,6 +453,8 @@ def _csv_rows(path: Path, delimiter: str, quoted: bool) -> Iterator[tuple[str, C
             if header is None:
                 header = cells
                 twice = [name for name, number in Counter(header).items() if number > 1]
+                if "" in twice:
+                    raise InputError(f"{where}: {header.count('')} columns have no name; name or remove them")
                 if twice:
                     raise InputError(printable(f"{where}: the header names column {twice[0]} twice"))
             elif len(cells) != len(header):

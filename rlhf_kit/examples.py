@@ -8,6 +8,7 @@ file and line, or a counted drop where the card says `on_problem: drop`. Where s
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -19,9 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.columns import ROLES as PROMPT_ROLES
-from rlhf_kit.columns import Missing, columns_of, is_there, template_columns, value_of
+from rlhf_kit.columns import (
+    Expression,
+    Missing,
+    columns_of,
+    is_there,
+    optional_columns,
+    optional_value,
+    our_way,
+    template_columns,
+    value_of,
+)
 from rlhf_kit.data_cards import DataCard, HubSource, SpecialTokens, data_suffix, names_of, range_of
-from rlhf_kit.data_files import file_rows, hub_rows, short
+from rlhf_kit.data_files import file_rows, hub_rows, is_one_object, short
 from rlhf_kit.errors import InputError, did_you_mean, printable
 
 __all__ = [
@@ -160,7 +171,8 @@ def load_examples(card: DataCard) -> Examples:
             others["dropped: prompt is also held out"] = len(shared)
             train = [row for row in train if _key(row) not in reserved]
     if not train:
-        raise InputError(f"{card.path}: no row is left to train on: of {book.read:,} read {_reasons(others)}")
+        what = f"no row is left to train on: of {book.read:,} read {_reasons(others)}{book.wanted(card)}"
+        raise InputError(f"{card.path}: {what}")
     return _examples(card, train, heldout, {"read": book.read, **others})
 
 
@@ -327,6 +339,8 @@ class Book:
     """Those of `dropped` that break a rule."""
     noted: Counter[str] = field(default_factory=Counter)
     """What was read otherwise than it was said, in rows that are kept."""
+    unwanted: dict[str, list[str]] = field(default_factory=dict)
+    """By column, the first values that filters.where leaves out."""
     sides: Counter[str] = field(default_factory=Counter)
     """Votes for the "first" and the "second" completion shown, and "tie", where the data says which stood first."""
 
@@ -361,6 +375,19 @@ class Book:
         """Count a row one of whose cells goes over several lines."""
         self.over_lines += 1
         self._show(OVER_LINES, where)
+
+    def see(self, column: str, value: Any) -> None:
+        """Keep a value that filters.where leaves out, to be shown where no row is left."""
+        seen = self.unwanted.setdefault(column, [])
+        if len(seen) < SHOWN and (shown := short(value)) not in seen:
+            seen.append(shown)
+
+    def wanted(self, card: DataCard) -> str:
+        """Return the end of a message where no row is left: what the filters wanted, and some of what they saw."""
+        return "".join(
+            f"; filters.where.{name} wants {short(card.filters.where[name])}, seen {', '.join(values)}"
+            for name, values in self.unwanted.items()
+        )
 
     def _show(self, reason: str, message: str) -> None:
         if len(shown := self.shown.setdefault(reason, [])) < SHOWN:
@@ -411,7 +438,8 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
         is_first = True
         is_tsv = isinstance(part, Path) and (data_suffix(part) or "").startswith(".tsv")
         quoted = card.quoting != "none"
-        for where, cells in hub_rows(part) if isinstance(part, HubSource) else file_rows(part, quoted=quoted):
+        read = hub_rows(part) if isinstance(part, HubSource) else file_rows(part, card.rows, quoted=quoted)
+        for where, cells in read:
             if is_first:
                 check_columns(card, where, cells)
                 is_first = False
@@ -421,6 +449,7 @@ def read_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) ->
             unmet = next((name for name, wanted in card.filters.where.items() if not _meets(name, wanted, cells)), None)
             if unmet is not None:
                 book.leave_out(f"filters.where.{unmet}", where)
+                book.see(unmet, _found(unmet, cells))
                 continue
             yield from taken_rows(card, cells, where, book)
             taken += 1
@@ -445,6 +474,9 @@ def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book)
     else:
         book.noted["votes left out, others on the pair counted"] += read.votes_left_out
         book.noted["judgements of equal, ordered by the others"] += read.ordered_draws
+        book.noted["text that is a JSON list of messages, read as these"] += read.spelt_talk
+        gaps = (path for path in card.optional if optional_value(path, cells) is None)
+        book.noted.update(f"{path} is missing or null, read as no text" for path in gaps)
         book.sides.update("tie" if vote == 0.5 else "first" if vote > 0.5 else "second" for vote in read.votes)
         return rows
     return []
@@ -455,32 +487,64 @@ class _LeftOut(Exception):
 
 
 def _meets(name: str, wanted: Any, cells: Mapping[str, Any]) -> bool:
+    return _is(_found(name, cells), wanted)
+
+
+def _found(name: str, cells: Mapping[str, Any]) -> Any:
     try:
-        return _is(value_of(name, cells), wanted)
+        return value_of(name, cells)
     except Missing:
-        return _is(None, wanted)
+        return None
 
 
 def _is(cell: Any, wanted: Any) -> bool:
-    """Return whether a cell has the value wanted, or one of them; cells of .csv files are text."""
-    values = wanted if isinstance(wanted, list) else [wanted]
-    return any(
-        (cell == value and isinstance(cell, bool) == isinstance(value, bool))
-        or (isinstance(cell, str) and cell == str(value))
-        for value in values
-    )
+    """Return whether a cell has the value wanted, or one of them; a text is also what it spells, true is not 1."""
+    return any(_equal(cell, value) for value in (wanted if isinstance(wanted, list) else [wanted]))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, str) != isinstance(other, str):
+        one, other = _spelt(one), _spelt(other)
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _spelt(value: Any) -> Any:
+    """Return the number, truth or nothing that a text spells, as cells of .csv files do; "TRUE", "1.0", ""."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return value
+
+
+_WORDS = {"true": True, "false": False, "": None, "null": None, "none": None}
 
 
 def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
     """Raise InputError if the first row of a file lacks a column; only dialogues can do without a prompt."""
-    problems = []
-    for name, expression in card.columns.items():
-        missing = [path for path in columns_of(expression) if not is_there(path, cells)]
+    problems, unmapped = [], []
+    for name in card.columns:
+        missing = [path for path in columns_of(_way(card, name, cells)) if not is_there(path, cells)]
         if not missing or (name in MAY_BE_MISSING and name not in card.mapped):
             continue
         if name == "prompt" and name not in card.mapped and _is_dialogue(cells, card):
             continue
-        problems.append(f"{where}: there is no {_no_column(card, name, missing[0], cells)}")
+        if other := _other_shape(card, where, cells):
+            raise InputError(printable(f"{where}: there is no column {missing[0]}{other}"))
+        if name in card.mapped:
+            problems.append(f"{where}: there is no {_no_column(card, name, missing[0], cells)}")
+        else:
+            unmapped.append(name)
+    if len(unmapped) == 1:
+        problems.append(f"{where}: there is no {_no_column(card, unmapped[0], unmapped[0], cells)}")
+    elif unmapped:
+        problems.append(f"{where}: there are no {_no_columns(card, unmapped, cells)}")
     judged = [name for name in ("ranks", "ratings", "comparisons", "ranked") if name in card.columns]
     if card.kind == "rankings" and judged and not any(_has(card, name, cells) for name in judged):
         problems.append(
@@ -490,7 +554,7 @@ def check_columns(card: DataCard, where: str, cells: Mapping[str, Any]) -> None:
     if not card.mapped & set(judged) and _has(card, "ranks", cells) and _has(card, "ratings", cells):
         problems.append(f"{where}: there are columns ranks and ratings; map the one that counts in {card.path}")
     for name, template in card.templates.items():
-        missing = [path for path in template_columns(template) if not is_there(path, cells)]
+        missing = [path for path in columns_of(template) if not is_there(path, cells)]
         if missing:
             near = did_you_mean(missing[0], cells).replace("; known", "; columns")
             problems.append(f"{where}: there is no column {missing[0]}, which template {name} takes{near}")
@@ -510,25 +574,60 @@ MAY_BE_MISSING = ("margin", "annotator", "ranks", "ratings")
 """Of our names those that need not be there, where the card does not map them."""
 
 
+def _other_shape(card: DataCard, where: str, cells: Mapping[str, Any]) -> str | None:
+    """Return the end of the one message about columns that are missing because the file is of another shape."""
+    only = str(next(iter(cells), ""))
+    if len(cells) == 1 and (mark := next((mark for mark in ";|\t" if mark in only), None)):
+        return f", but one called {only!r}: save the file with commas instead of {mark!r}, or as .tsv"
+    if str(cells.get("chosen", "")).lstrip().startswith("Human:"):
+        return f" (columns: {', '.join(map(str, cells))}); these are transcripts, write format: hh in {card.path}"
+    lists = [
+        name
+        for name, value in cells.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) and "role" not in row for row in value)
+    ]
+    if len(lists) == 1 and card.rows is None and is_one_object(Path(where.rpartition(":")[0])):
+        return f": the rows are a list inside the key {lists[0]}; write rows: {lists[0]} in {card.path}"
+    return None
+
+
+def _no_columns(card: DataCard, names: Sequence[str], cells: Mapping[str, Any]) -> str:
+    """Return what is said of several columns that are not there and not mapped, and how to map them."""
+    theirs = {name: close[0] for name in names if (close := difflib.get_close_matches(name.lower(), list(cells), n=1))}
+    plain = re.compile(r"[A-Za-z][\w.-]*( [\w.-]+)*")  # else YAML needs quotes
+    written = {name: way if plain.fullmatch(way) else json.dumps(way) for name, way in theirs.items()}
+    ways = ", ".join(f"{name}: {written.get(name, '<their name>')}" for name in names)
+    return (
+        f"columns {', '.join(names)}; columns: {', '.join(sorted(map(str, cells)))}; map them in {card.path}: "
+        f"columns: {{{ways}}}"
+    )
+
+
 def _no_column(card: DataCard, name: str, missing: str, cells: Mapping[str, Any]) -> str:
-    (only, value), *others = cells.items() or [("", None)]
-    if not others and (mark := next((mark for mark in ";|\t" if mark in only), None)):
-        return f"column {missing}, but one called {only!r}: save the file with commas instead of {mark!r}, or as .tsv"
-    if not others and isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-        return f"column {missing}: the rows are a list inside the key {only}; write that list alone into the file"
     what = f"column {missing}, which the card takes for {name}" if name in card.mapped else f"column {name}"
+    theirs = card.columns[name]
+    if isinstance(theirs, dict) and theirs.get("system") == missing and " " in missing:
+        return f"column {missing!r}; where that is the text itself, write system: {{text: {missing}}}"
+    if (ours := our_way(missing)) != missing:
+        return f"column {missing}, which the card takes for {name}; the way into a column is written {ours}"
     near = did_you_mean(missing, cells)
     seen = "" if near.startswith("; known") else f" (columns: {', '.join(map(str, cells))})"
     mend = "" if name in card.mapped else f"; map it in {card.path}: columns: {{{name}: <their name>}}"
-    if str(cells.get("chosen", "")).lstrip().startswith("Human:"):
-        mend = f"; these are transcripts, write format: hh in {card.path}"
-    elif name == "prompt" and name not in card.mapped and card.kind == "preferences":
+    if name == "prompt" and name not in card.mapped and card.kind == "preferences":
         mend += "; where the answers repeat the prompt, write format: common_prefix"
     return f"{what}{near.replace('; known', '; columns')}{seen}{mend}"
 
 
+def _way(card: DataCard, name: str, cells: Mapping[str, Any]) -> Expression:
+    """Return where a row has what we call `name`; of rows of messages alone, prompt and completion are in these."""
+    of_messages = {"demonstrations": "completion", "prompts": "prompt"}.get(card.kind)
+    if name == of_messages and name not in card.mapped and name not in cells and "messages" in cells:
+        return "messages"
+    return card.columns[name]
+
+
 def _has(card: DataCard, name: str, cells: Mapping[str, Any]) -> bool:
-    theirs = card.columns.get(name)
+    theirs = _way(card, name, cells) if name in card.columns else None
     if theirs is None or (isinstance(theirs, str) and theirs in cells):  # nearly always it is this simple
         return theirs is not None
     return all(is_there(path, cells) for path in columns_of(theirs))
@@ -539,11 +638,11 @@ def _is_dialogue(cells: Mapping[str, Any], card: DataCard) -> bool:
     for name in answers:
         if name in card.columns:
             try:
-                value = value_of(card.columns[name], cells)
+                value = value_of(_way(card, name, cells), cells)
             except Missing:
                 continue
             value = value[0] if name == "completions" and isinstance(value, list) and value else value
-            if isinstance(value, list):
+            if isinstance(_talk(value), list):
                 return True
     return False
 
@@ -894,15 +993,14 @@ class _Turn:
 
 def _turn(read: _Cells) -> _Turn:
     name = "rating" if "rating" in read.card.columns else "rank"
-    role, number, parent = read.cell("role"), read.cell(name), read.cell("parent")
-    if not isinstance(role, str) or role not in ROLES:
-        raise _Broken("unknown role", f"{read.called('role')} must be system, user or assistant; seen {short(role)}")
+    role = _role(read.cell("role"), read.called("role"), read.card.roles)
+    number, parent = read.cell(name), read.cell("parent")
     return _Turn(
         id=str(read.cell("id")),
         parent=None if parent in (None, "") else str(parent),
-        role=ROLES[role],
+        role=role,
         text=read.text("text"),
-        number=None if number in (None, "") or ROLES[role] != "assistant" else read.number(name, number),
+        number=None if number in (None, "") or role != "assistant" else read.number(name, number),
         where=read.where,
         annotator=read.annotator(),
     )
@@ -987,6 +1085,8 @@ class _Cells:
         self.votes: list[float] = []
         self.votes_left_out = 0
         """Of a list of votes, those whose values the card drops."""
+        self.spelt_talk = False
+        """Whether a text was read as the messages that it spells."""
         self.ordered_draws = 0
         """Pairs that were judged equal, and have an order by what was said of the others."""
         """How probable each judgement makes it that the completion shown first is better."""
@@ -995,12 +1095,12 @@ class _Cells:
         return _has(self.card, name, self.cells)
 
     def called(self, name: str) -> str:
-        theirs = self.card.columns.get(name, name)
+        theirs = _way(self.card, name, self.cells) if name in self.card.columns else name
         return name if theirs == name else f"{name} ({'column ' * isinstance(theirs, str)}{_written(theirs)})"
 
     def cell(self, name: str, *, gaps: bool = False) -> Any:
         """Return what stands where the card says; with `gaps`, None for an element of a list that has it not."""
-        theirs = self.card.columns[name]
+        theirs = _way(self.card, name, self.cells)
         if theirs == name and name not in self.cells:
             raise _Broken("missing column", f"{name} is missing in this row")
         return value_of(theirs, self.cells, gaps=gaps)
@@ -1008,13 +1108,22 @@ class _Cells:
     def text(self, name: str) -> str:
         return _text(self.cell(name), name, self.called(name))
 
+    def talk(self, cell: Any) -> Any:
+        found = _talk(cell)
+        self.spelt_talk |= found is not cell
+        return found
+
     def prompt(self) -> Prompt:
         if self.card.templates:
             return _text(_drawn(self.card.templates, self.cells), "prompt", "prompt")
-        prompt = self.cell("prompt")
+        prompt = self.talk(self.cell("prompt"))
         if isinstance(prompt, list):
-            return _messages(prompt, self.called("prompt"))
-        return _chat(prompt, self.called("prompt")) if isinstance(prompt, dict) else self.text("prompt")
+            messages = _messages(prompt, self.called("prompt"), self.card.roles)
+            is_answered = messages and messages[-1]["role"] == "assistant" and "prompt" not in self.cells
+            return messages[:-1] if is_answered and "prompt" not in self.card.mapped else messages
+        if isinstance(prompt, dict):
+            return _chat(prompt, self.called("prompt"), self.card.roles)
+        return self.text("prompt")
 
     def prompt_and_answers(self, names: Sequence[str]) -> tuple[Prompt, list[str]]:
         """Return the prompt and the texts of the answers, which may be given as messages or as whole dialogues."""
@@ -1022,10 +1131,14 @@ class _Cells:
 
     def answered(self, answers: Sequence[tuple[str, str, Any]]) -> tuple[Prompt, list[str]]:
         """Return the prompt and the texts of the answers: our name, what to call it, and what stands there."""
+        answers = [(name, called, self.talk(cell)) for name, called, cell in answers]
         if not all(isinstance(cell, list | dict) for _, _, cell in answers):
             texts = [_text(cell, name, called) for name, called, cell in answers]  # raises if one is messages
             return self.prompt(), texts
-        dialogues = [_messages([cell] if isinstance(cell, dict) else cell, called) for _, called, cell in answers]
+        roles = self.card.roles
+        dialogues = [
+            _messages([cell] if isinstance(cell, dict) else cell, called, roles) for _, called, cell in answers
+        ]
         for (_, called, _), dialogue in zip(answers, dialogues, strict=True):
             if not dialogue or dialogue[-1]["role"] != "assistant":
                 raise _Broken("dialogue without a last answer", f"{called} must end with the assistant's message")
@@ -1066,6 +1179,8 @@ class _Cells:
 
     def number(self, name: str, cell: Any) -> float:
         """Return a number, which may be written as text; of ratings one on the card's scale, true being 1."""
+        if name in ("rating", "ratings") and isinstance(_spelt(cell), bool):
+            cell = _spelt(cell)
         try:
             number = float(cell) if isinstance(cell, str | int | float) else math.nan
         except (ValueError, OverflowError):
@@ -1137,7 +1252,9 @@ class _Cells:
 
 
 def _written(expression: Any) -> str:
-    return expression if isinstance(expression, str) else ", ".join(columns_of(expression) or map(str, expression))
+    if isinstance(expression, str):
+        return expression
+    return ", ".join([*columns_of(expression), *optional_columns(expression)] or map(str, expression))
 
 
 def _is_within(value: Any, ranges: Sequence[Any]) -> bool:
@@ -1160,7 +1277,7 @@ def _drawn(templates: Mapping[str, str], cells: Mapping[str, Any]) -> str:
     the others and moves none between them.
     """
     names = sorted({path for template in templates.values() for path in template_columns(template)})
-    taken = _encode([value_of(path, cells) for path in names])
+    taken = _encode([optional_value(path, cells) if path.endswith("?") else value_of(path, cells) for path in names])
     drawn = max(
         templates, key=lambda name: hashlib.sha256(f"{name}\0{taken}".encode("utf-8", "surrogatepass")).digest()
     )
@@ -1177,41 +1294,79 @@ def _text(cell: Any, name: str, called: str) -> str:
     return cell
 
 
-ROLES: Mapping[Any, str] = {
-    "system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
-    "prompter": "user",
+ROLES: Mapping[str, str] = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant",
 }  # fmt: skip
-"""Roles as they are written, {"role", "content"} or {"from", "value"}, and ours."""
+"""Roles as they are written in lower case, {"role", "content"} or {"from", "value"}, and ours."""
+TOOLS = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
+"""Roles of messages to and from tools, which are not read."""
 
 
-def _messages(cell: list[Any], called: str) -> list[dict[str, str]]:
+def _role(written: Any, called: str, roles: Mapping[str, str]) -> str:
+    """Return our name of a role, of those that are known and the card's own."""
+    name = str(written).lower() if isinstance(written, str | int) else ""
+    role = roles.get(name) or ROLES.get(name)
+    if role is None and name in TOOLS:
+        raise _Broken("use of a tool", f"{called} is {written}; messages of tools are not read")
+    if role is None:
+        raise _Broken(
+            "unknown role",
+            f"{called} must be system, user or assistant; seen {short(written)}"
+            + f"; if it is one of them, write in the card roles: {{assistant: {short(written)}}}" * bool(name),
+        )
+    return role
+
+
+def _messages(cell: list[Any], called: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return messages with our names; what a message has beside role and content is left out, but for use of tools."""
     messages = []
     for message in cell:
         if not isinstance(message, dict):
             raise _Broken("not a list of messages", f"{called} must be text or messages; seen {short(cell)}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise _Broken(
-                "unknown role",
-                f"{called}: the role of a message must be system, user or assistant; seen {short(role)}",
-            )
+        if role is None:
+            seen = short(", ".join(map(str, message)))
+            raise _Broken("unknown role", f"{called}: a message has role and content, or from and value; seen {seen}")
+        role = _role(role, f"{called}: the role of a message", roles)
+        if calls := message.get("tool_calls") or message.get("function_call"):
+            raise _Broken("use of a tool", f"{called}: a message calls a tool, which is not read: {short(calls)}")
         if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str) or _HALF_CHARACTER.search(content):
             raise _Broken("non-text cell", f"{called}: the content of a message must be text; seen {short(content)}")
-        messages.append({"role": ROLES[role], "content": content})
+        messages.append({"role": role, "content": content})
     return messages
+
+
+SPELLS_MESSAGES = r"^\s*\[\s*\{\s*\""
+"""How a text begins that is a JSON list of objects."""
+
+
+def _talk(cell: Any) -> Any:
+    """Return the messages that a text spells as a JSON list, as cells of .csv files do; any other cell as it is."""
+    if not isinstance(cell, str) or not re.match(SPELLS_MESSAGES, cell):
+        return cell
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    are_messages = all(
+        isinstance(one, dict) and ({"role", "content"} <= one.keys() or {"from", "value"} <= one.keys())
+        for one in found
+    )
+    return found if are_messages else cell
 
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _chat(parts: Mapping[str, Any], called: str) -> list[dict[str, str]]:
+def _chat(parts: Mapping[str, Any], called: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the messages of {system, history, user}; an empty system message or history is none."""
     messages: list[dict[str, str]] = []
     for role in PROMPT_ROLES:
-        part = parts.get(role)
+        part = _talk(parts.get(role)) if role == "history" else parts.get(role)
         if part in (None, "", []) and role != "user":
             continue
         if role != "history":
@@ -1221,7 +1376,7 @@ def _chat(parts: Mapping[str, Any], called: str) -> list[dict[str, str]]:
                 messages += [{"role": "user", "content": _text(asked, "prompt", f"{called}, history")}]
                 messages += [{"role": "assistant", "content": _text(answered, "prompt", f"{called}, history")}]
         elif isinstance(part, list):
-            messages += _messages(part, f"{called}, history")
+            messages += _messages(part, f"{called}, history", roles)
         else:
             raise _Broken("not a list of messages", f"{called}: history is a list of turns; seen {short(part)}")
     return messages

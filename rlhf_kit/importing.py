@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.errors import InputError, did_you_mean
+from rlhf_kit.examples import ROLES
 from rlhf_kit.marked_yaml import write_yaml
 
 __all__ = ["import_cards"]
@@ -21,17 +22,17 @@ ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 """The columns of an entry in alpaca format that names none."""
 MESSAGES = {"sharegpt": "conversations", "openai": "messages"}
 """The column of an entry in these formats that names none."""
-TAGS = {
-    "role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("human", "user", "prompter"),
-    "assistant_tag": ("gpt", "assistant"), "system_tag": ("system",),
-}  # fmt: skip
+TAGS = {"role_tag": ("from", "role"), "content_tag": ("value", "content")}
 """How messages may be written, as `examples` reads them."""
+ROLE_TAGS = {"system_tag": "system", "user_tag": "user", "assistant_tag": "assistant"}
+TOOL_TAGS = ("function_tag", "observation_tag")
+"""Of messages to and from tools, which `examples` does not read."""
 
 
 def import_cards(path: Path, names: Iterable[str], out: Path) -> tuple[list[Path], list[str]]:
     """Write a data card for each dataset that a dataset_info.json describes, or for those named.
 
-    Returns the cards, and what is said of datasets that cannot be imported, if none was named.
+    Returns the cards, and what is left out: datasets that cannot be imported, if none was named, and rows.
 
     Raises:
         InputError: it is no such file, has no such dataset, or one that was named, or each of them, has what we do not
@@ -51,7 +52,7 @@ def import_cards(path: Path, names: Iterable[str], out: Path) -> tuple[list[Path
                if name not in entries]  # fmt: skip
     if unknown:
         raise InputError(unknown)
-    cards, problems = {}, []
+    cards, problems, left_out = {}, [], []
     for name in wanted:
         if not re.fullmatch(r"[\w][\w.-]*", name):
             problems.append(f"{path}: {name!r} cannot be a card's name; use letters, digits, . _ and -")
@@ -66,12 +67,17 @@ def import_cards(path: Path, names: Iterable[str], out: Path) -> tuple[list[Path
             problems.append(f"{card}: is there already; remove it, or write elsewhere with --out")
             continue
         cards[card] = text
+        if tools := [tag for tag in TOOL_TAGS if (entries[name].get("tags") or {}).get(tag)]:
+            left_out.append(
+                f"{path}: {name}: rows with messages of {' or '.join(tools)}, for the use of tools is not read; they "
+                f"are errors, or left out and counted with on_problem: drop in {card}"
+            )
     if problems and (named or not cards):
         raise InputError(problems)
     out.mkdir(parents=True, exist_ok=True)
     for card, text in cards.items():
         card.write_text(text, encoding="utf-8")
-    return list(cards), problems
+    return list(cards), problems + left_out
 
 
 def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
@@ -85,13 +91,17 @@ def _card(name: str, entry: Mapping[str, Any], path: Path) -> str:
         raise InputError(f"formatting is {style!r}; known: alpaca, {', '.join(MESSAGES)}")
     columns = entry.get("columns") or ({"messages": MESSAGES[style]} if style in MESSAGES else ALPACA)
     problems = [f"has {column}, which are not read" for column in UNREAD if columns.get(column)]
+    tags = entry.get("tags") or {}
     for tag, known in TAGS.items():
-        written = (entry.get("tags") or {}).get(tag, known[0])
+        written = tags.get(tag, known[0])
         if written not in known:
             problems.append(f"writes {tag} as {written!r}; known: {', '.join(known)}")
     if problems:
         raise InputError(problems)
     block = {**_kind_and_columns(entry, columns, style), "source": _source(entry, path)}
+    names = {role: tags[tag] for tag, role in ROLE_TAGS.items() if tags.get(tag)}
+    if roles := {role: name for role, name in names.items() if ROLES.get(str(name).lower()) != role}:
+        block["roles"] = roles
     filters: dict[str, Any] = {}
     if columns.get("kto_tag"):
         filters["where"] = {columns["kto_tag"]: True}
@@ -112,7 +122,7 @@ def _kind_and_columns(entry: Mapping[str, Any], columns: Mapping[str, str], styl
     prompt: Any
     if style in MESSAGES:
         talk = columns.get("messages", MESSAGES[style])
-        system = {"system": columns["system"]} if columns.get("system") else {}
+        system = {"system": f"{columns['system']}?"} if columns.get("system") else {}
         prompt = {**system, "history": talk}
         if not entry.get("ranking"):
             begin = {"prompt": {**system, "history": f"{talk}[:-1]"}} if system else {}
@@ -123,8 +133,8 @@ def _kind_and_columns(entry: Mapping[str, Any], columns: Mapping[str, str], styl
             raise InputError(f"an entry in alpaca format needs columns.prompt; seen {dict(columns)}")
         if not entry.get("ranking") and not columns.get("response"):
             return {"kind": "text", "columns": {"text": asked[0]}}
-        user = asked[0] if len(asked) == 1 else "\n".join(f"{{{column}}}" for column in asked)
-        before = {key: columns[key] for key in ("system", "history") if columns.get(key)}
+        user = asked[0] if len(asked) == 1 else f"{{{asked[0]}}}\n{{{asked[1]}?}}"
+        before = {key: f"{columns[key]}?" for key in ("system", "history") if columns.get(key)}
         prompt = {**before, "user": user}
         if not entry.get("ranking"):
             return {"kind": "demonstrations", "columns": {"prompt": prompt, "completion": columns["response"]}}

@@ -236,6 +236,8 @@ def _syntax_hint(error: yaml.MarkedYAMLError) -> str:
         return "; a value with a colon in it needs quotes, and keys of one mapping the same indentation"
     if "expected a single document" in said:
         return "; keep one document in a file"
+    if "expected ',' or '}'" in said or "expected ',' or ']'" in said:
+        return '; put text with [ ] { } or ? in quotes: "x.y[0]", "{question}"'
     if "could not find expected ':'" in said or "expected <block end>" in said:
         return "; look at the indentation here and in the line above"
     return ""

@@ -166,6 +166,16 @@ class TestMessages:
             ({"filters": {"max_row": 3}}, "rlhf_kit.filters.max_row: unknown key; did you mean max_rows?"),
             ({"filters": {"where": {"a": {"b": 1}}}}, "rlhf_kit.filters.where.a: must be a value or a list of values"),
             ({"format": "hhh"}, "must be hh, common_prefix or threads"),
+            ({"heldout": "10%"}, "rlhf_kit.heldout: must be a share, not 10%; write 0.1"),
+            ({"source": "https://huggingface.co/datasets/a/b/tree/main"}, "write {hub: a/b, revision: <commit>}"),
+            ({"source": "https://host/x.jsonl"}, "is an address; get the file and name it"),
+            ({"source": {"hub": "https://huggingface.co/datasets/a/b", "revision": "x"}}, "an address; write hub: a/b"),
+            ({"columns": {"prompt": {"user": None}}}, "must be columns, written as text (a template in quotes)"),
+            ({"rows": "data"}, "rlhf_kit.rows: is for .json files; seen a.jsonl"),
+            ({"rows": ["data"]}, "rlhf_kit.rows: must be text; seen a list"),
+            ({"roles": {"user": []}}, "roles.user: must be a name in the data or a list of names; seen a list"),
+            ({"roles": {"bot": "x"}}, "rlhf_kit.roles.bot: unknown key; known: assistant, system, user"),
+            ({"roles": {"user": ["A", "b"], "assistant": "B"}}, "gives B to assistant, and user has it; keep one"),
             ({"heldot": 3}, "rlhf_kit.heldot: unknown key; did you mean heldout?"),
         ],
     )  # fmt: skip
@@ -246,6 +256,10 @@ class TestMessages:
             ("---\nkind: prompts\nsource: x\n---\n", "indent kind and source below rlhf_kit:"),
             ("---\nrlhf-kit: {}\n---\n", "card.md:2: rlhf-kit: unknown key; did you mean rlhf_kit?"),
             ("---\nrlhf_kit: 3\n---\n", "card.md:2: rlhf_kit: must be a mapping; seen 3"),
+            (
+                "---\nrlhf_kit: {columns: {prompt: x.y[0]}}\n---\n",
+                'put text with [ ] { } or ? in quotes: "x.y[0]"',
+            ),
             ("---\nlicense: mit\nrlhf_kit:\n  kind: a: b\n---\n", "card.md:4: not YAML"),
         ],
     )
@@ -318,12 +332,17 @@ def test_the_templates_examples_are_cards(here):
     """What TEMPLATE.md has behind comment marks can be written as it stands there."""
     lines = (ROOT / "data_cards" / "TEMPLATE.md").read_text().splitlines()
     Path("my_pairs.jsonl").write_text("")
-    keys = "columns preferred filters votes scale margin_per_point max_completions shared_prompts".split()
+    keys = "columns roles preferred filters votes scale margin_per_point max_completions shared_prompts".split()
     blocks = [line.removeprefix("  # ") for line in lines if line.startswith(tuple(f"  # {key}: " for key in keys))]
     settings = [read_yaml(block, "TEMPLATE.md").value for block in blocks]
     first, ratings, ranks, one_by_one, by_name = (s["columns"] for s in settings if "columns" in s)
     rest = {key: value for s in settings if "columns" not in s for key, value in s.items()}
-    common = {"source": "my_pairs.jsonl", "filters": rest["filters"], "shared_prompts": rest["shared_prompts"]}
+    common = {
+        "source": "my_pairs.jsonl",
+        "filters": rest["filters"],
+        "roles": rest["roles"],
+        "shared_prompts": rest["shared_prompts"],
+    }
     pairs = {"preferred": rest["preferred"], "votes": rest["votes"]}
     rated = {"scale": rest["scale"], "margin_per_point": rest["margin_per_point"]}
     for kind, columns, more in (
@@ -342,7 +361,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 KEYS = st.sampled_from(
-    "kind source format columns heldout filters on_problem templates preferred votes scale margin_per_point "
+    "kind source rows format columns roles heldout filters on_problem templates preferred votes scale margin_per_point "
     "max_completions x".split()
 )
 

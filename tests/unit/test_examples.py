@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_kit.audit import audit
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Ranking, Text, load_examples, prompts_of
@@ -34,7 +35,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(rows: Iterable | None, kind: str, file: str = "d.jsonl", **block: object) -> Examples:
+def load(rows: Iterable | None, kind: str, /, file: str = "d.jsonl", **block: object) -> Examples:
     """Write rows as JSON lines, a card over them, and return what it yields. No rows held out unless asked for."""
     if rows is not None:
         Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,7 +45,7 @@ def load(rows: Iterable | None, kind: str, file: str = "d.jsonl", **block: objec
     return load_examples(load_card("c.md"))
 
 
-def wrong(rows: Iterable | None, kind: str, **block: object) -> list[str]:
+def wrong(rows: Iterable | None, kind: str, /, **block: object) -> list[str]:
     with pytest.raises(InputError) as caught:
         load(rows, kind, **block)
     return list(caught.value.problems)
@@ -98,6 +99,35 @@ class TestKinds:
         found = load(rows, "demonstrations", columns=columns).train
         assert [(row.prompt, row.completion) for row in found] == [("Add\n1, 2", " 3 "), ("Sing", "la")]
 
+    def test_parts_that_may_be_missing(self, here):
+        """What has a ? reads as no text where it is missing or null, which is counted; else that is an error."""
+        rows = [{"ask": "Add", "with": "1"}, {"ask": "Sing", "with": None}, {"ask": "Hum"}]
+        columns = {"prompt": "{ask}\n{with?}"}
+        found = load(rows, "prompts", columns=columns)
+        assert [row.prompt for row in found.train] == ["Add\n1", "Sing", "Hum"]
+        assert found.counts["noted: with? is missing or null, read as no text"] == 2
+        assert load(rows, "prompts", templates={"one": columns["prompt"]}).train == found.train
+        first, second, _ = wrong(rows, "prompts", columns={"prompt": "{ask}\n{with}"})
+        assert all("write {with?} where rows may lack it" in message for message in (first, second))
+
+    def test_messages_that_may_be_missing(self, here):
+        """As the documentation writes them, with quotation marks where YAML wants them."""
+        Path("d.jsonl").write_text('{"ask": "Q"}\n{"ask": "R", "sys": "S", "past": [["a", "b"]]}\n')
+        way = '{system: "sys?", history: "past?", user: "{ask}?"}'
+        Path("c.md").write_text(f"---\nrlhf_kit: {{kind: prompts, source: d.jsonl, columns: {{prompt: {way}}}}}\n---\n")
+        found = load_examples(load_card("c.md"))
+        prompts = [row.prompt for row in [*found.train, *found.heldout]]
+        whole = [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("R?")]
+        assert sorted(prompts, key=len) == [[user("Q?")], whole]
+
+    def test_a_system_text_of_the_cards_own(self, here):
+        """The same in every row; a text where a column should stand is told how it is written."""
+        prompt = {"system": {"text": "Be {brief}."}, "user": "prompt"}
+        (row,) = load([{"prompt": "Q"}], "prompts", columns={"prompt": prompt}).train
+        assert row.prompt == [{"role": "system", "content": "Be {brief}."}, user("Q")]
+        (message,) = wrong([{"prompt": "Q"}], "prompts", columns={"prompt": {**prompt, "system": "Be brief."}})
+        assert message.endswith("where that is the text itself, write system: {text: Be brief.}")
+
     def test_a_template_does_not_fill_in_twice(self, here):
         """Braces in the data stay as they are."""
         (row,) = load([{"a": "{b}", "b": "{a}"}], "prompts", columns={"prompt": "{a} {b}"}).train
@@ -134,6 +164,73 @@ class TestChat:
         (row,) = load([{"talk": talk}], "demonstrations", columns={"completion": "talk"}).train
         assert (row.prompt, row.completion) == ([user("Q")], "A")
 
+    def test_rows_of_messages_alone(self, here):
+        """trl's commonest form: the last answer is the completion; of prompts it is left away."""
+        rows = [{"messages": [user("Q"), assistant("A")]}, {"messages": [user("Q"), assistant("A"), user("R")]}]
+        (row,) = load(rows[:1], "demonstrations").train
+        assert (row.prompt, row.completion) == ([user("Q")], "A")
+        assert [row.prompt for row in load(rows, "prompts").train] == [[user("Q")], rows[1]["messages"]]
+        assert audit(load_card("c.md")).rows["kept"] == 2
+        assert "messages) must end with the assistant's message" in wrong(rows, "demonstrations")[0]
+        rows = [{**rows[0], "completion": "B", "prompt": "P"}]  # what is called as we call it comes first
+        (row,) = load(rows, "demonstrations").train
+        assert (row.prompt, row.completion) == ("P", "B")
+        assert load(rows, "prompts").train[0].prompt == "P"
+
+    @pytest.mark.parametrize("name", ["d.csv", "d.jsonl"])
+    def test_messages_written_as_text(self, here, name):
+        """A text that is a JSON list of messages is read as these, as from CSV files, and that is counted."""
+        talks = [json.dumps([user("Q"), assistant(text)]) for text in "ab"]
+        rows = [dict(zip(("chosen", "rejected"), talks, strict=True)), {"chosen": talks[1], "rejected": talks[0]}]
+        with Path("d.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        found = load(rows, "preferences", file=name)
+        assert [(row.prompt, row.chosen) for row in found.train] == [([user("Q")], "a"), ([user("Q")], "b")]
+        assert found.counts["noted: text that is a JSON list of messages, read as these"] == 2
+        assert audit(load_card("c.md")).rows["noted"] == {"text that is a JSON list of messages, read as these": 2}
+
+    def test_other_lists_written_as_text(self, here):
+        """They stay text: what a model shall write may be JSON."""
+        texts = ['[{"a": 1}]', '[{"role": "user"}]', "[{", '[{"role": "user", "content": "x"}, 3]', "[1]"]
+        rows = [{"prompt": text, "completion": text} for text in texts]
+        assert [(row.prompt, row.completion) for row in load(rows, "demonstrations").train] == [(t, t) for t in texts]
+        (row,) = load([{"past": json.dumps([user("Q"), assistant("A")]), "prompt": "R"}], "prompts",
+                      columns={"prompt": {"history": "past", "user": "prompt"}}).train  # fmt: skip
+        assert row.prompt == [user("Q"), assistant("A"), user("R")]
+
+    @pytest.mark.parametrize(
+        ("asks", "answers"),
+        [("User", "Assistant"), ("HUMAN", "GPT"), ("human", "model"), ("user", "bot"), ("prompter", "Chatbot")],
+    )
+    def test_known_names(self, here, asks, answers):
+        """In upper case or lower; developer is OpenAI's newer word for system."""
+        talk = [("Developer", "S"), (asks, "Q"), (answers, "A")]
+        rows = [{"completion": [{"role": role, "content": text} for role, text in talk]}]
+        (row,) = load(rows, "demonstrations").train
+        assert (row.prompt, row.completion) == ([{"role": "system", "content": "S"}, user("Q")], "A")
+
+    def test_names_of_the_datas_own(self, here):
+        """The card says whose words they are, also against what is known; numbers are names too."""
+        talk = [{"role": role, "content": text} for role, text in [("Me", "Q"), ("gpt", "R"), (1, "A"), ("tool", "T")]]
+        roles = {"user": ["me", "GPT", "tool"], "assistant": 1}
+        (row,) = load([{"prompt": talk}], "prompts", roles=roles).train
+        assert row.prompt == [user("Q"), user("R"), assistant("A"), user("T")]
+        (found,) = load([{"all": {"past": talk[:3]}}], "demonstrations", roles=roles,
+                        columns={"completion": "all.past"}).train  # fmt: skip
+        assert (found.prompt, found.completion) == ([user("Q"), user("R")], "A")
+
+    def test_answers_that_differ_in_use_of_tools_alone(self, here):
+        """They are told apart from equal answers, and left out, counted, where the card drops problems."""
+        calls = [[{**assistant("I look."), "tool_calls": [{"name": name}]}] for name in ("right", "wrong")]
+        rows = [
+            {"prompt": [user("Q")], "chosen": calls[0], "rejected": calls[1]},
+            {"prompt": [user("Q")], "chosen": [{**assistant("a"), "tool_calls": []}], "rejected": [assistant("b")]},
+        ]
+        counts = load(rows, "preferences", on_problem="drop").counts
+        assert counts == {"read": 2, "kept": 1, "dropped: use of a tool": 1}
+
     @pytest.mark.parametrize(
         ("row", "said"),
         [
@@ -145,8 +242,32 @@ class TestChat:
             ({"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": "b"}, "chosen must be text; seen [{"),
             ({"prompt": [assistant("Q")], "chosen": "a", "rejected": "b"}, "nothing to answer"),
             (
-                {"prompt": [{"role": "tool", "content": ""}], "chosen": "a", "rejected": "b"},
-                "system, user or assistant; seen tool",
+                {"prompt": [{"role": "me", "content": ""}], "chosen": "a", "rejected": "b"},
+                "system, user or assistant; seen me; if it is one of them, write in the card roles: {assistant: me}",
+            ),
+            (
+                {"prompt": [{"speaker": "user", "text": "Q"}], "chosen": "a", "rejected": "b"},
+                "a message has role and content, or from and value; seen speaker, text",
+            ),
+            (
+                {"prompt": [user("Q"), {"role": "Tool", "content": "4"}], "chosen": "a", "rejected": "b"},
+                "is Tool; mess",
+            ),
+            (
+                {
+                    "prompt": [user("Q")],
+                    "chosen": [{**assistant("a"), "tool_calls": [{"name": "f"}]}],
+                    "rejected": [assistant("b")],
+                },
+                'chosen: a message calls a tool, which is not read: [{"name": "f"}]',
+            ),
+            (
+                {
+                    "prompt": [user("Q")],
+                    "chosen": [{**assistant("a"), "function_call": {"name": "f"}}],
+                    "rejected": [assistant("b")],
+                },
+                "chosen: a message calls a tool",
             ),
             (
                 {"prompt": [user(None)], "chosen": "a", "rejected": "b"},
@@ -263,6 +384,49 @@ class TestFilters:
         both = load(self.ROWS, "prompts", filters={"where": {"language": ["en", "no"], "ok": True}})
         assert [row.prompt for row in both.train] == ["3", "4", "5"]
         assert "no row is left" in wrong(self.ROWS, "prompts", filters={"where": {"ok": 1}})[0]
+
+    @pytest.mark.parametrize(
+        ("cell", "wanted", "equal"),
+        [
+            ("TRUE", True, True), ("true", True, True), ("False", False, True), ("TRUE", False, False),
+            ("1", 1, True), ("1.0", 1, True), (" 1 ", 1.0, True), (1.0, 1, True), (1, "1.0", True), ("1e0", 1, True),
+            ("9007199254740993", 9007199254740993, True), ("9007199254740993", 9007199254740992, False),
+            ("1", True, False), (1, True, False), (True, "yes", False), ("007", "7", False), ("007", 7, True),
+            ("", None, True), ("None", None, True), ("0", None, False), (0, None, False), ({"a": 1}, 1, False),
+        ],
+    )  # fmt: skip
+    def test_what_equals_what(self, here, cell, wanted, equal):
+        """A text beside a number, true, false or null is what it spells; two texts are compared letter by letter."""
+        pair = {"prompt": "Q", "a": "a", "b": "b"}
+        rows = [{**pair, "x": cell}, {**pair, "x": "other"}]
+        where = {"filters": {"where": {"x": wanted}}}
+        if equal:
+            assert len(load(rows, "prompts", **where).train) == 1
+        else:
+            assert "no row is left" in wrong(rows, "prompts", **where)[0]
+        preferred = {"first": [wanted], "second": "other"}
+        card = {"columns": {"first": "a", "second": "b", "preferred": "x"}, "preferred": preferred}
+        assert len(load(rows, "preferences", on_problem="drop", **card).train) == 1 + equal
+
+    def test_ratings_that_are_true_or_false(self, here):
+        """Also as CSV files write them; other numbers are not."""
+        rows = [{"prompt": "Q", "completion": text, "label": label} for text, label in [("a", "TRUE"), ("b", "False")]]
+        card = {"columns": {"rating": "label"}, "scale": [0, 1]}
+        (row,) = load(rows, "rankings", **card).train
+        assert (row.ratings, row.ranks) == ([1.0, 0.0], [1.0, 2.0])
+        assert "must be a number; seen TRUE" in wrong(rows, "rankings", columns={"rank": "label"})[0]
+
+    def test_what_was_wanted_and_seen(self, here):
+        """Where no row is left, the message names what each filter wanted and some of what it saw; the audit too."""
+        rows = [{"prompt": "Q", "lang": lang, "n": n} for n, lang in enumerate(["en", "en", None, "de", *"abcd"])]
+        block = {"filters": {"where": {"lang": ["en", "EN"], "n": "x"}}}
+        (message,) = wrong(rows, "prompts", **block)
+        said = (
+            '; filters.where.n wants x, seen 0, 1; filters.where.lang wants ["en", "EN"], '
+            "seen nothing (null), de, a, b, c"
+        )
+        assert message.endswith(said)
+        assert audit(load_card("c.md")).problems == [f"c.md: no row is left of 8 read{said}"]
 
     def test_max_rows(self, here):
         """The first rows that pass `where`; nothing is read after them."""
@@ -506,13 +670,27 @@ class TestFiles:
             ("d.jsonl", b'["a"]\n', 'd.jsonl:1: a row is an object such as {"prompt": "..."}; seen ["a"]'),
             ("d.jsonl", b"[" * 100_000, "d.jsonl:1: not a line of JSON: nested too deeply"),
             ("d.jsonl", b'{"prompt": "\xff"}', "d.jsonl:1: byte 13 of the line is not UTF-8"),
+            (
+                "d.jsonl",
+                b'{"prompt": "caf\xe9"}',
+                "d.jsonl:1: byte 16 of the line is not UTF-8 text, but 0xE9; if it is W",
+            ),
+            (
+                "d.json",
+                b'[{"prompt": "caf\xe9"}]',
+                "d.json:1: byte 17 of the line is not UTF-8 text, but 0xE9; if it is W",
+            ),
+            ("d.csv", "prompt\nQ".encode("utf-16"), "d.csv:1: looks like UTF-16LE (its byte order mark is 0xFFFE)"),
+            ("d.jsonl", '{"prompt": "Q"}'.encode("utf-16-be"), "d.jsonl:1: looks like UTF-16BE (every other byte is"),
+            ("d.json", '[{"prompt": "Q"}]'.encode("utf-16-le"), "d.json:1: looks like UTF-16LE (every other byte is"),
+            ("d.csv", b"prompt,,\na,b,c\n", "d.csv:1: 2 columns have no name; name or remove them"),
             ("d.json", b'[{"prompt": "a"},\n{"prompt": "b"}', "d.json:2: the list has no end"),
             ("d.json", b'[{"prompt": "a"}] x', "d.json:1: there is more behind the end"),
             ("d.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "d.json:2: not JSON: Expecting ':' delimiter"),
             (
                 "d.json",
                 b'{"data": [{"prompt": "a"}]}',
-                "d.json:1: there is no column prompt: the rows are a list inside the key data",
+                "d.json:1: there is no column prompt: the rows are a list inside the key data; write rows: data in",
             ),
             ("d.csv", b'prompt\n"a', "d.csv:2: not CSV: unexpected end of data; is a quote not closed"),
             (
@@ -567,6 +745,47 @@ class TestFiles:
         (message,) = wrong(None, "prompts", source=name, on_problem="drop")
         assert message.startswith(said)
 
+    def test_rows_inside_an_object(self, here):
+        """The card says behind which key of a .json file they are a list; what stands around them may be anything."""
+        whole = {"n": 1.5, "export": {"about": [{"rows": 1}], "rows": [{"prompt": "a"}, {"prompt": "b"}]}, "more": []}
+        Path("d.json").write_text(json.dumps(whole, indent=1))
+        found = load(None, "prompts", file="d.json", rows="export.rows").train
+        assert [(row.prompt, row.where) for row in found] == [("a", "d.json:10"), ("b", "d.json:13")]
+
+    @pytest.mark.parametrize(
+        ("content", "rows", "said"),
+        [
+            (
+                '{"a": {"rows": []}}',
+                "a.row",
+                "d.json:1: there is no key row here, which the card's rows: names; did you",
+            ),
+            ('{"a": 12}', "a", "d.json:1: there is no list behind a, which the card's rows: names"),
+            ('[{"a": []}]', "a", "d.json:1: there is no object here that has a key a"),
+            ('{"a": [{"prompt": "x"}],\n', "a", "d.json:2: the object has no end; is the file cut off here?"),
+            ('{"a": [{"prompt": "x"}]} {', "a", "d.json:1: there is more behind the end of the object"),
+            ('{"a": 1', "b", "d.json:1: the object has no end"),
+        ],
+    )
+    def test_rows_that_are_not_there(self, here, content, rows, said):
+        """One message with the line."""
+        Path("d.json").write_text(content)
+        (message,) = wrong(None, "prompts", file="d.json", rows=rows)
+        assert message.startswith(said)
+
+    def test_numbers_across_what_is_held(self, here, monkeypatch):
+        """A value that is passed by is read to its end, wherever the file is cut into pieces."""
+        monkeypatch.setattr("rlhf_kit.data_files.CHUNK", 7)
+        Path("d.json").write_text('{"n": 123456789012345, "data": [{"prompt": "x"}], "m": 3.25}')
+        assert len(load(None, "prompts", file="d.json", rows="data").train) == 1
+
+    def test_a_list_in_a_row_is_no_list_of_rows(self, here):
+        """In lines or a list of rows nothing is said about a key that holds the rows."""
+        row = {"data": [{"x": "y"}]}
+        Path("d.json").write_text(json.dumps([row]))
+        for messages in (wrong([row], "prompts"), wrong(None, "prompts", file="d.json")):
+            assert "rows:" not in messages[0] and "map it in c.md" in messages[0]
+
     @pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
     def test_a_long_row_of_a_table(self, here, name):
         """The limit on rows holds where a small file unpacks to a long cell too."""
@@ -587,12 +806,20 @@ class TestFiles:
         """Named with the columns that are there and how to map them."""
         rows = [{"question": "Q", "answer": "A"}]
         assert wrong(rows, "demonstrations") == [
-            "d.jsonl:1: there is no column prompt; columns: answer, question; "
+            "d.jsonl:1: there are no columns prompt, completion; columns: answer, question; "
+            "map them in c.md: columns: {prompt: <their name>, completion: <their name>}",
+        ]
+        (message,) = wrong([{"Prompt": "Q", "good": "A", " reject": "B"}], "preferences")
+        assert message.endswith('{prompt: Prompt, chosen: <their name>, rejected: " reject"}')
+        assert wrong([{"question": "Q", "completion": "A"}], "demonstrations") == [
+            "d.jsonl:1: there is no column prompt; columns: completion, question; "
             "map it in c.md: columns: {prompt: <their name>}",
-            "d.jsonl:1: there is no column completion; columns: answer, question; "
-            "map it in c.md: columns: {completion: <their name>}",
         ]
         (message,) = wrong(rows, "demonstrations", columns={"prompt": "question", "completion": "anwser"})
+        (told,) = wrong(rows, "demonstrations", columns={"prompt": "$.question", "completion": "answer"})
+        assert told.endswith(
+            "no column $.question, which the card takes for prompt; the way into a column is written question"
+        )
         assert message == (
             "d.jsonl:1: there is no column anwser, which the card takes for completion; did you mean answer? "
             "(columns: question, answer)"

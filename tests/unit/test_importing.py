@@ -52,6 +52,8 @@ def test_alpaca():
     first, second = rows_of({"columns": columns}, rows)
     assert first.prompt == [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), user("Add.")]
     assert second.prompt == [user("Add.\n1, 2")]
+    gaps = [{**ALPACA, "input": None, "sys": None, "past": None}, {"instruction": "Add.", "output": "3"}]
+    assert [row.prompt for row in rows_of({"columns": columns}, gaps)] == [[user("Add.")]] * 2
 
 
 def test_alpaca_rankings():
@@ -89,6 +91,26 @@ def test_openai_tags():
     entry = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
     (row,) = rows_of(entry, [{"messages": [user("Q"), assistant("A")]}])
     assert (row.prompt, row.completion) == ([user("Q")], "A")
+
+
+def test_tags_that_are_not_known():
+    """They become roles of the card; known ones need none, in upper case or lower."""
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "me", "assistant_tag": "Model"}
+    entry = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    talk = [{"role": "me", "content": "Q"}, {"role": "Model", "content": "A"}]
+    (row,) = rows_of(entry, [{"messages": talk}])
+    assert (row.prompt, row.completion) == ([user("Q")], "A")
+    ((card,), _) = import_cards(Path("info/dataset_info.json"), [], Path("cards"))
+    assert load_card(card).roles == {"me": "user"}
+
+
+def test_tags_of_tools():
+    """Rows with such messages are not read, which is said; the dataset is imported all the same."""
+    tags = {"observation_tag": "seen", "function_tag": "call"}
+    Path("i.json").write_text(json.dumps({"a": {"file_name": "x", "formatting": "sharegpt", "tags": tags}}))
+    cards, (said,) = import_cards(Path("i.json"), ["a"], Path("cards"))
+    assert cards == [Path("cards/a.md")]
+    assert said.startswith("i.json: a: rows with messages of function_tag or observation_tag, for the use of tools")
 
 
 def test_texts_unpaired_and_samples():
@@ -142,9 +164,9 @@ def test_hub_datasets():
         ('{"a": {"script_url": "x"}}', [], "i.json: a: names neither file_name nor hf_hub_url"),
         ('{"a": {"file_name": "x", "columns": {"prompt": "p", "images": "i"}}}', [], "a: has images"),
         (
-            '{"a": {"file_name": "x", "formatting": "sharegpt", "tags": {"user_tag": "me"}}}',
+            '{"a": {"file_name": "x", "formatting": "sharegpt", "tags": {"role_tag": "who"}}}',
             [],
-            "writes user_tag as 'me'",
+            "writes role_tag as 'who'; known: from, role",
         ),
         ('{"../a": {"file_name": "x"}}', [], "'../a' cannot be a card's name"),
     ],
