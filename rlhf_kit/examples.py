@@ -475,6 +475,7 @@ def taken_rows(card: DataCard, cells: Mapping[str, Any], where: str, book: Book)
         book.noted["votes left out, others on the pair counted"] += read.votes_left_out
         book.noted["judgements of equal, ordered by the others"] += read.ordered_draws
         book.noted["text that is a JSON list of messages, read as these"] += read.spelt_talk
+        book.noted["message with thoughts beside its content, which are left out"] += read.thoughts
         gaps = (path for path in card.optional if optional_value(path, cells) is None)
         book.noted.update(f"{path} is missing or null, read as no text" for path in gaps)
         book.sides.update("tie" if vote == 0.5 else "first" if vote > 0.5 else "second" for vote in read.votes)
@@ -1083,13 +1084,15 @@ class _Cells:
     def __init__(self, card: DataCard, cells: Mapping[str, Any], where: str):
         self.card, self.cells, self.where = card, cells, where
         self.votes: list[float] = []
+        """How probable each judgement makes it that the completion shown first is better."""
         self.votes_left_out = 0
         """Of a list of votes, those whose values the card drops."""
-        self.spelt_talk = False
-        """Whether a text was read as the messages that it spells."""
         self.ordered_draws = 0
         """Pairs that were judged equal, and have an order by what was said of the others."""
-        """How probable each judgement makes it that the completion shown first is better."""
+        self.spelt_talk = False
+        """Whether a text was read as the messages that it spells."""
+        self.thoughts = False
+        """Whether a message has thoughts beside its content, which are left out."""
 
     def has(self, name: str) -> bool:
         return _has(self.card, name, self.cells)
@@ -1111,6 +1114,8 @@ class _Cells:
     def talk(self, cell: Any) -> Any:
         found = _talk(cell)
         self.spelt_talk |= found is not cell
+        messages = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        self.thoughts |= any(message.get(name) for message in messages for name in THOUGHTS)
         return found
 
     def prompt(self) -> Prompt:
@@ -1319,7 +1324,7 @@ def _role(written: Any, called: str, roles: Mapping[str, str]) -> str:
 
 
 def _messages(cell: list[Any], called: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return messages with our names; what a message has beside role and content is left out, but for use of tools."""
+    """Return messages with our names; of what a message has beside role and content, use of tools is an error."""
     messages = []
     for message in cell:
         if not isinstance(message, dict):
@@ -1339,6 +1344,8 @@ def _messages(cell: list[Any], called: str, roles: Mapping[str, str]) -> list[di
     return messages
 
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+"""What a message of a model that thinks aloud may have beside its content."""
 SPELLS_MESSAGES = r"^\s*\[\s*\{\s*\""
 """How a text begins that is a JSON list of objects."""
 

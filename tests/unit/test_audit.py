@@ -285,7 +285,7 @@ class TestTexts:
         found = look([{"text": "fine <b>text</b> [1]\n\ttwo"}, {"text": text}], "text")
         assert found.suspicious == {what: {"rows": 1, "examples": ["d.jsonl:2"]}}
 
-    @pytest.mark.parametrize("text", ['["a"]', '{"a": "b"}', '[{"role": "user", "content": "Q"}] '])
+    @pytest.mark.parametrize("text", ['["a"]', '{"a": "b"}', '[{"role": "user"}] '])
     def test_structures_as_texts(self, text):
         """A text that is a list or object of JSON as a whole, probably a cell of which a part was meant."""
         fine = {"chosen": "[1] says so", "rejected": "{x} and [y", "completion": "3", "completions": ["[a", "b"]}

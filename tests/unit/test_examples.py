@@ -177,6 +177,14 @@ class TestChat:
         assert (row.prompt, row.completion) == ("P", "B")
         assert load(rows, "prompts").train[0].prompt == "P"
 
+    @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+    def test_thoughts_beside_the_content(self, here, key):
+        """They are left out, and that is counted."""
+        rows = [{"messages": [user("Q"), {**assistant("A"), key: "Hm."}]}, {"messages": [user("R"), assistant("B")]}]
+        found = load(rows, "demonstrations")
+        assert [row.completion for row in found.train] == ["A", "B"]
+        assert found.counts["noted: message with thoughts beside its content, which are left out"] == 1
+
     @pytest.mark.parametrize("name", ["d.csv", "d.jsonl"])
     def test_messages_written_as_text(self, here, name):
         """A text that is a JSON list of messages is read as these, as from CSV files, and that is counted."""
