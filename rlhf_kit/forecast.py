@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -208,16 +208,14 @@ class _Stages:
         return Need(steps, seconds, self.passes.bytes, adapters, round(learning), round(sampling))
 
     def _sft(self, stage: SFTStage) -> Need:
-        limit = stage.max_length or self.context
-        how = (self.format, limit, stage.truncate)
-        rows = tokenised(tokenise_demonstrations, self.examples[stage.data].train, *how).rows
-        heldout = min(HELDOUT, len(self.examples[stage.data].heldout))
-        predicted = [sum(label != IGNORED for label in row["labels"]) for row in rows]
-        need = self._trained_on(stage, _Lengths.of([len(row["input_ids"]) for row in rows]), _Lengths.of(predicted))
+        examples, how = self.examples[stage.data], (self.format, stage.max_length or self.context, stage.truncate)
+        rows = tokenised(tokenise_demonstrations, examples.train, *how).rows
         lengths = _Lengths.of([len(row["input_ids"]) for row in rows])
-        reading = self.passes.read(stage.microbatch, lengths.typical, _Lengths.of(predicted).typical)
-        seconds = need.seconds + 2 * math.ceil(heldout / stage.microbatch) * reading.seconds
-        return Need(**{**asdict(need), "seconds": seconds})
+        predicted = _Lengths.of([sum(label != IGNORED for label in row["labels"]) for row in rows])
+        need = self._trained_on(stage, lengths, predicted)
+        heldout = math.ceil(min(HELDOUT, len(examples.heldout)) / stage.microbatch)
+        reading = self.passes.read(stage.microbatch, lengths.typical, predicted.typical)
+        return replace(need, seconds=need.seconds + 2 * heldout * reading.seconds)
 
     def _trained_on(self, stage: TrainingStage, lengths: _Lengths, predicted: _Lengths) -> Need:
         """What it takes to learn from rows one by one."""
@@ -238,7 +236,7 @@ class _Stages:
         sampled = self.passes.sample(min(SAMPLED, len(examples.heldout) or 1), prompts.longest, max(1, answers))
         read = self.passes.read(stage.microbatch, row.typical).seconds / (stage.microbatch * row.typical)
         seconds = stage.ensemble * (need.seconds + (sum(heldout) + NORMALISED_ON * row.mean) * read) + sampled.seconds
-        return Need(**{**asdict(need), "seconds": seconds, "sampling": round(sampled.bytes)})
+        return replace(need, seconds=seconds, sampling=round(sampled.bytes))
 
     def _compared(self, stage: DPOStage | KTOStage) -> Need:
         how = (self.format, stage.max_length or self.context, stage.truncate)
@@ -283,7 +281,6 @@ class _Stages:
         size = min(stage.microbatch, stage.batch_size // stage.minibatches)
         pieces = math.ceil(stage.batch_size / size)
         roles = self._reward_roles(stage.reward)
-        has_value = isinstance(stage, PPOStage)
         own_value = isinstance(stage, PPOStage) and stage.value == "adapter"
         value_epochs = (stage.value_epochs or 1) if isinstance(stage, PPOStage) and own_value else 0
 
@@ -311,8 +308,7 @@ class _Stages:
             seconds += stage.updates * stage.epochs * stage.minibatches * mixed
         most = passes.learn(size, prompts.longest + new, new)
         at_once = passes.sample(stage.batch_size, prompts.longest, new)
-        trained = 1 + (has_value and own_value)
-        return self._need(stage.updates, seconds, trained, 1 + roles, most.bytes, at_once.bytes)
+        return self._need(stage.updates, seconds, 1 + own_value, 1 + roles, most.bytes, at_once.bytes)
 
     def _rejection_sampling(self, stage: RejectionSamplingStage) -> Need:
         prompts, new, passes = self._prompts(stage), stage.max_new_tokens, self.passes
@@ -324,7 +320,7 @@ class _Stages:
         need = self._trained_on(stage, rows, _Lengths(prompts.rows, new, new))
         most = passes.sample(stage.sampled_at_once, prompts.longest, new)
         seconds = need.seconds + times * (sample.seconds + score)
-        return Need(**{**asdict(need), "seconds": seconds, "sampling": round(most.bytes)})
+        return replace(need, seconds=seconds, sampling=round(most.bytes))
 
     def _evaluation(self, card: Cards) -> Need:
         """The closing table: what every policy answers, and what reference and reward model say of it."""
