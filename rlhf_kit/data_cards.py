@@ -87,7 +87,7 @@ BY_DEFAULT = {"transcript": "chosen"}
 """Our names that are called otherwise in the data unless mapped."""
 UNASKED = ("margin", "annotator", "ranks", "ratings")
 """Names that are taken without being mapped where a column is called so."""
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".feather")
 """Endings of files that are read; those of text also with .gz or .zst behind."""
 PACKED = (".gz", ".zst")
 BINARY = (".parquet", ".arrow", ".feather")
@@ -187,7 +187,7 @@ class Filters(Settings):
     max_rows: Count | None = None
     """The first so many rows that pass `where`; nothing is read after them."""
     where: dict[str, str | int | float | bool | list[str | int | float | bool] | None] = Field(default={})
-    """The dataset's column: the value, or list of values, that it must have."""
+    """The dataset's column: the value, or list of values, that it must have; "3..5" is a range with both ends."""
 
 
 class Preferred(Settings):

@@ -70,6 +70,8 @@ def file_rows(path: Path, rows: str | None = None, *, quoted: bool = True) -> It
             return _csv_rows(path, ",", quoted)
         case ".tsv":
             return _csv_rows(path, "\t", quoted)
+        case ".txt":
+            return _text_rows(path)
         case ".parquet":
             return _parquet_rows(path)
     return _arrow_rows(path)
@@ -466,6 +468,13 @@ def _csv_rows(path: Path, delimiter: str, quoted: bool) -> Iterator[tuple[str, C
     except csv.Error as error:
         way = " Where quotes are text, a card says quoting: none" * quoted
         raise InputError(f"{path}:{line}: not CSV: {error}; is a quote not closed, or the file cut off?{way}") from None
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, Cells]]:
+    """Yield each line that is not empty as a column `text`."""
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Cells]]:

@@ -488,7 +488,8 @@ class _LeftOut(Exception):
 
 
 def _meets(name: str, wanted: Any, cells: Mapping[str, Any]) -> bool:
-    return _is(_found(name, cells), wanted)
+    found = _found(name, cells)
+    return _is(found, wanted) or _is_within(found, _listed(wanted))
 
 
 def _found(name: str, cells: Mapping[str, Any]) -> Any:
@@ -500,7 +501,11 @@ def _found(name: str, cells: Mapping[str, Any]) -> Any:
 
 def _is(cell: Any, wanted: Any) -> bool:
     """Return whether a cell has the value wanted, or one of them; a text is also what it spells, true is not 1."""
-    return any(_equal(cell, value) for value in (wanted if isinstance(wanted, list) else [wanted]))
+    return any(_equal(cell, value) for value in _listed(wanted))
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -400,6 +400,7 @@ class TestFilters:
             ("1", 1, True), ("1.0", 1, True), (" 1 ", 1.0, True), (1.0, 1, True), (1, "1.0", True), ("1e0", 1, True),
             ("9007199254740993", 9007199254740993, True), ("9007199254740993", 9007199254740992, False),
             ("1", True, False), (1, True, False), (True, "yes", False), ("007", "7", False), ("007", 7, True),
+            (4, "3..5", True), ("5.0", "3..5", True), (5.5, "3..5", False), (True, "0..1", False), ("x", "3..5", False),
             ("", None, True), ("None", None, True), ("0", None, False), (0, None, False), ({"a": 1}, 1, False),
         ],
     )  # fmt: skip
@@ -629,10 +630,20 @@ class TestFiles:
         """All files that it matches, in the order of their names; other endings are left alone."""
         for name in ("b", "a", "c"):
             Path(f"part-{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
-        Path("part-d.txt").write_text("no data")
+        Path("part-d.doc").write_text("no data")
         found = load(None, "prompts", source="part-*.jsonl")
         assert [(row.prompt, row.where) for row in found.train] == [(n, f"part-{n}.jsonl:1") for n in "abc"]
         assert [row.prompt for row in load(None, "prompts", source="p*").train] == ["a", "b", "c"]
+
+    @pytest.mark.parametrize("name", ["d.txt", "d.txt.gz"])
+    def test_a_text_a_line(self, here, name):
+        """A .txt file has a column text; what is in a line stays as it is, and empty lines are none."""
+        with _opened_to_write(name) as file:
+            file.write('One, "two".\n\n  Tab\there \r\nLast')
+        found = load(None, "text", file=name).train
+        assert [(row.text, row.where) for row in found] == [
+            ('One, "two".', f"{name}:1"), ("  Tab\there ", f"{name}:3"), ("Last", f"{name}:4"),
+        ]  # fmt: skip
 
     def test_json_longer_than_what_is_held(self, here, monkeypatch):
         """A list is read piece by piece, on one line or on many, with letters cut anywhere."""
