@@ -157,6 +157,7 @@ def card_reference() -> str:
         "`rlhf_kit.source`, a dataset on the Hub": cards._HubSettings,
         "`rlhf_kit.filters`": cards.Filters,
         "`rlhf_kit.preferred`": cards.Preferred,
+        "`rlhf_kit.roles`": cards.Roles,
     }
     names = {settings.__name__: heading(place) for place, settings in places.items()}
     lines = [
