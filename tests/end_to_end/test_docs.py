@@ -116,7 +116,7 @@ def test_python_runs(workplace, run_once):
     words = [sys.executable, "driver.py"]
     result = subprocess.run(words, capture_output=True, text=True, cwd=workplace, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "did you mean kl_coef?" in result.stdout and "PPO's adapters take" in result.stdout
+    assert "did you mean kl_coef?" in result.stdout
 
 
 def joined(recipe: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:

@@ -186,7 +186,10 @@ print(json.dumps([found, [row["score"] for row in manifest["probe"]]]))
 
 
 def test_a_pushed_reward_model_scores_as_it_was_trained(hub, workplace, tmp_path):
-    """With peft alone, in a process with an empty cache: bit for bit the scores of the manifest's probe."""
+    """With peft alone, in a process with an empty cache: the scores of the manifest's probe, up to a last bit or two.
+
+    transformers applies the head to all tokens and we to the last one, which some processors sum in another order.
+    """
     push(hub, workplace)
     ended = subprocess.run(
         [sys.executable, "-c", SCORED, REPO],
@@ -197,7 +200,7 @@ def test_a_pushed_reward_model_scores_as_it_was_trained(hub, workplace, tmp_path
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     found, probe = json.loads(ended.stdout)
-    assert found == probe and len(set(found)) > 1
+    assert found == pytest.approx(probe, rel=1e-6) and len(set(found)) > 1
 
 
 def test_others_repositories_are_left_alone(hub, workplace):
