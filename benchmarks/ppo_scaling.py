@@ -29,12 +29,14 @@ SHAPE = replace(SHAPES["15m"], batch=max(BATCHES))
 def ppo(
     folder: Path, base: int, quantization: str = "none", **settings: object
 ) -> tuple[float, float, list[dict[str, float]]]:
-    """Run the PPO stage, and what it builds on where there is none yet; return net peak in GB, seconds, the metrics."""
+    """Run the PPO stage, after what it builds on if there is none; return net peak in GB, seconds, the metrics."""
     command = [sys.executable, "-m", "rlhf_kit", "run", "recipe.yaml", "--out", f"run-{quantization}"]
     command += ["--set", f"base.quantization={quantization}"]
+    for stage in ("sft", "reward"):  # in processes of their own, for a process's peak is that of all it has done
+        watch([*command, "--only", stage], folder, environment())
     for name, value in {"microbatch": MICROBATCH, **settings}.items():
         command += ["--set", f"stages.ppo.{name}={value}"]
-    seen = watch(command, folder, environment())
+    seen = watch([*command, "--only", "ppo"], folder, environment())
     lines = (folder / f"run-{quantization}" / "ppo" / "metrics.jsonl").read_text().splitlines()
     return (seen.peak - base) / 1e9, seen.step_seconds, [json.loads(line) for line in lines]
 
@@ -92,7 +94,7 @@ def main() -> None:
         print()
         print_table(found["updates"])
         sft_base = imports_only("import rlhf_kit.pipeline, rlhf_kit.stages.sft")
-        sft = sft_peak(folder, sft_base, SHAPE.prompt + SHAPE.completion)
+        sft = sft_peak(folder, sft_base, SHAPE.prompt + SHAPE.completion - 1)  # and the end token
         peak = next(row["peak GB"] for row in found["batch"] if row["batch"] == 32)
         found["sft"] = [{"ppo GB": peak, "sft GB": sft, "ppo / sft": peak / sft}]
         print()
