@@ -418,9 +418,8 @@ def operations_per_token(stage: Any, manifest: Mapping[str, Any], prompt_tokens:
     if not isinstance(stage, OnlineStage):
         return None
     length = max(1.0, manifest["metrics"].get("rollout/length") or 1.0)
-    own_value = isinstance(stage, PPOStage) and stage.value == "adapter"
-    value_epochs = (stage.value_epochs or 1) if isinstance(stage, PPOStage) and own_value else 0
-    return (prompt_tokens + length) / length * (2 * (4 + own_value) + 4 * (stage.epochs + value_epochs))
+    value_epochs = stage.own_value_epochs if isinstance(stage, PPOStage) else 0
+    return (prompt_tokens + length) / length * (2 * (4 + (value_epochs > 0)) + 4 * (stage.epochs + value_epochs))
 
 
 def base_parameters(shared: SharedBase) -> Iterator[int]:

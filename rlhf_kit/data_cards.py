@@ -135,12 +135,8 @@ def _column(written: Any) -> Any:
         parts = _texts_of(written) if isinstance(written, dict) else written
         if written and (all(isinstance(part, str) and part for part in parts) or _are_numbers(written)):
             return written
-        quoted = (
-            "columns, written as text (a template in quotes)"
-            if isinstance(written, dict)
-            else "columns, written as text"
-        )
-        raise PydanticCustomError("unexpected", "{expected}", {"expected": quoted})
+        expected = "columns, written as text" + " (a template in quotes)" * isinstance(written, dict)
+        raise PydanticCustomError("unexpected", "{expected}", {"expected": expected})
     if isinstance(written, str) and written:
         return written
     raise (

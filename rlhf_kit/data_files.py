@@ -322,7 +322,7 @@ def _pass(text: _Window, decoder: json.JSONDecoder, until: str | None = None) ->
 
 def _json_rows(path: Path, rows: str | None = None) -> Iterator[tuple[str, Cells]]:
     """Yield the objects of a JSON list; or of a file with one object after another, as some .json files are."""
-    space, decoder = _SPACE, json.JSONDecoder()
+    decoder = json.JSONDecoder()
     with opened(path) as reader:
         text = _Window(reader)
         text.skip(re.compile(r"\s*"))
@@ -334,14 +334,14 @@ def _json_rows(path: Path, rows: str | None = None) -> Iterator[tuple[str, Cells
             raise InputError(f"{path}:{text.line}: there is no list behind {rows}, which the card's rows: names")
         if is_list:
             text.advance(1)
-        text.skip(space)
+        text.skip(_SPACE)
         before, element = 0, 1  # of rows that stand on one line, the second and later have a number
         while text.rest() and not (is_list and text.starts("]")):
             element = element + 1 if text.line == before else 1
             before = text.line
             where = f"{path}:{text.line}{f'#{element}' if element > 1 else ''}"
             yield where, _object(text.decode(decoder), where)
-            text.skip(space)
+            text.skip(_SPACE)
         if is_list and not text.rest():
             raise InputError(f"{path}:{text.line}: the list has no end; is the file cut off here?")
         if is_list:

@@ -959,21 +959,19 @@ def _put_together(rows: Iterable[_Answer], card: DataCard, book: Book) -> Iterat
                     "prompts of a group differ", f"the group {short(first.group)} has another prompt in {other.where}"
                 )
             _check_count(count, "completions of this prompt")
-            numbers = [row.number for row in group]
-            rated = "rating" in card.columns
-            ranking = _ranked(
-                first.prompt,
-                [row.completion for row in group],
-                _ranks(numbers, best_is_high=rated),
-                numbers if rated else None,
-                first.where,
-                first.annotator,
-                card.margin_per_point,
-            )
+            ranking = _ranked_by_rows(first.prompt, [row.completion for row in group], group, card)
             yield replace(ranking, slices=first.slices)
             book.merged["completions of one prompt"] += count - 1
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", count)
+
+
+def _ranked_by_rows(prompt: Prompt, completions: list[str], rows: Sequence[_Answer | _Turn], card: DataCard) -> Ranking:
+    """Return the ranking of completions by the ranks, or the ratings, of the rows that hold them."""
+    first, rated = rows[0], "rating" in card.columns
+    numbers = [row.number for row in rows if row.number is not None]
+    ranks, ratings = _ranks(numbers, best_is_high=rated), numbers if rated else None
+    return _ranked(prompt, completions, ranks, ratings, first.where, first.annotator, card.margin_per_point)
 
 
 def _check_count(count: int, what: str) -> None:
@@ -1035,16 +1033,7 @@ def _threads(rows: Iterable[_Turn], card: DataCard, book: Book) -> Iterator[Rank
             _check_count(len(group), f"{'rated' if rated else 'ranked'} answers")
             before = _way_to(first.parent, turns)
             prompt = [{"role": turn.role, "content": turn.text} for turn in before]
-            numbers = [turn.number for turn in group if turn.number is not None]
-            ranking = _ranked(
-                prompt,
-                [turn.text for turn in group],
-                _ranks(numbers, best_is_high=rated),
-                numbers if rated else None,
-                first.where,
-                first.annotator,
-                card.margin_per_point,
-            )
+            ranking = _ranked_by_rows(prompt, [turn.text for turn in group], group, card)
         except _Broken as problem:
             book.drop(problem.reason, f"{first.where}: {problem.detail}", rows=0)
             continue

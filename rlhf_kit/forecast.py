@@ -29,7 +29,7 @@ from rlhf_kit.collate import (
     tokenise_prompts,
     tokens_of_group,
 )
-from rlhf_kit.errors import InputError, first_line
+from rlhf_kit.errors import InputError
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.passes import Passes
 from rlhf_kit.recipe import (
@@ -45,7 +45,7 @@ from rlhf_kit.recipe import (
     SFTStage,
     TrainingStage,
 )
-from rlhf_kit.rehearsal import Machine
+from rlhf_kit.rehearsal import Machine, NotRehearsed
 from rlhf_kit.stages.reward import NORMALISED_ON, SAMPLED, SAMPLED_TOKENS
 from rlhf_kit.stages.sft import HELDOUT
 from rlhf_kit.token_cache import tokenised
@@ -108,10 +108,10 @@ def forecast(recipe: Recipe) -> Forecast:
     stages = _Stages(recipe, found.examples, load_text_format(recipe.base), Passes(recipe, device))
     try:
         needs = dict(stages.needs())
-    except (RuntimeError, NotImplementedError) as error:
+    except NotRehearsed as error:
         raise InputError(
             f"base.model: {recipe.base.model}: a pass of this model depends on more than shapes "
-            f"({first_line(error)}), so its cost cannot be told beforehand; run one step of it "
+            f"({error}), so its cost cannot be told beforehand; run one step of it "
             "(--set stages.<stage>.max_steps=1) and read its manifest.json."
         ) from error
     scorers = [scorer for name, stage in recipe.stages.items() for scorer in check.scorers_of(name, stage).values()]
@@ -281,8 +281,8 @@ class _Stages:
         size = min(stage.microbatch, stage.batch_size // stage.minibatches)
         pieces = math.ceil(stage.batch_size / size)
         roles = self._reward_roles(stage.reward)
-        own_value = isinstance(stage, PPOStage) and stage.value == "adapter"
-        value_epochs = (stage.value_epochs or 1) if isinstance(stage, PPOStage) and own_value else 0
+        value_epochs = stage.own_value_epochs if isinstance(stage, PPOStage) else 0
+        own_value = value_epochs > 0
 
         tokens = prompts.typical + new
         sample = passes.sample(stage.batch_size, prompts.typical, new)

@@ -169,6 +169,25 @@ def _quantization(name: Literal["none", "8bit", "4bit"], dtype: torch.dtype) -> 
     return None
 
 
+def one_layer(base: recipe.Base, inputs: int, outputs: int, device: torch.device) -> nn.Module:
+    """Return a frozen linear layer without a bias, of random weights, held as the base holds its own."""
+    dtype = getattr(torch, base.dtype)
+    config = _quantization(base.quantization, dtype)
+    if config is None:
+        layer: nn.Module = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
+    else:
+        import bitsandbytes as bnb
+
+        if config.load_in_8bit:
+            how = {"has_fp16_weights": False, "threshold": config.llm_int8_threshold}
+            layer = bnb.nn.Linear8bitLt(inputs, outputs, bias=False, **how)
+        else:
+            how = {"compute_dtype": dtype, "quant_type": config.bnb_4bit_quant_type}
+            layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, **how)
+        _steady_4bit_on_cpu(layer)
+    return layer.to(device).eval().requires_grad_(False)
+
+
 def _steady_4bit_on_cpu(model: nn.Module) -> None:
     """Keep 4-bit layers off the AVX512-BF16 path, which repacks their weights in the first no-grad forward pass.
 

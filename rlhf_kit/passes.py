@@ -7,6 +7,7 @@ in a run, and not one weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_kit import models
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.maths.logprobs import inverse_cdf, tempered, token_logprobs
-from rlhf_kit.recipe import Base, Recipe
+from rlhf_kit.recipe import Recipe
 from rlhf_kit.rehearsal import Machine, rehearsing
 from rlhf_kit.rollout import logits_held
 
@@ -44,7 +45,8 @@ class Passes:
         self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
         self.takes_positions = models.takes_positions(self.trunk)
         self.head = models.plain_head(causal, causal.get_output_embeddings())
-        self.bytes = self._bytes_of_base(causal)
+        layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
+        self.bytes = self._bytes_of_base(causal, layers)
         with torch.device("meta"):
             try:
                 adapted = get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()
@@ -53,15 +55,13 @@ class Passes:
         models.adapt_in_few_passes(causal.modules(), "default")
         lora = (parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
         self.adapter_bytes = FLOAT * sum(lora)
-        inputs, outputs = self.largest
-        layer = _layer(recipe.base, inputs, outputs, device)
+        inputs, outputs = max(map(_ends, layers), key=math.prod)
+        layer = models.one_layer(recipe.base, inputs, outputs, device)
         self.machine = Machine.measured(layer, inputs, outputs, device, getattr(torch, recipe.base.dtype))
         self.read, self.learn, self.sample = cache(self._read), cache(self._learn), cache(self._sample)
 
-    def _bytes_of_base(self, causal: nn.Module) -> int:
-        """Return the bytes of the base's weights as they are quantised: all linear layers but the output head's."""
-        layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
-        self.largest = max((_ends(layer) for layer in layers), key=math.prod)
+    def _bytes_of_base(self, causal: nn.Module, layers: Sequence[nn.Linear | Conv1D]) -> int:
+        """Return the bytes of the base's weights, of which the trunk's linear layers are quantised."""
         total = sum(parameter.nbytes for parameter in causal.parameters())  # tied ones once
         if self.base.quantization == "none":
             return total
@@ -126,18 +126,3 @@ def _ends(layer: nn.Module) -> tuple[int, int]:
     """Return a linear layer's inputs and outputs."""
     outputs, inputs = layer.get_parameter("weight").shape
     return (outputs, inputs) if isinstance(layer, Conv1D) else (inputs, outputs)
-
-
-def _layer(base: Base, inputs: int, outputs: int, device: torch.device) -> nn.Module:
-    """Return a linear layer that is there, in the precision of the base."""
-    dtype = getattr(torch, base.dtype)
-    if base.quantization == "none":
-        layer: nn.Module = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
-    else:
-        import bitsandbytes as bnb
-
-        if base.quantization == "8bit":
-            layer = bnb.nn.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False, threshold=0.0)
-        else:
-            layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4")
-    return layer.to(device).eval().requires_grad_(False)

@@ -416,6 +416,11 @@ class PPOStage(OnlineStage):
     whiten_advantages: bool = True
     """Bring the advantages of each update to mean 0 and variance 1."""
 
+    @property
+    def own_value_epochs(self) -> int:
+        """Epochs in which the value function learns in passes of its own; 0 of a head on the policy's trunk."""
+        return (self.value_epochs or 1) if self.value == "adapter" else 0
+
 
 class RLOOStage(OnlineStage):
     """REINFORCE with a leave-one-out baseline: a completion is judged by the others of its prompt, without a value

@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from rlhf_kit.errors import first_line
+
 ROWS = 512
 """Of the matrix product that a machine's rate is measured by."""
 MOVED = 2**24
@@ -76,12 +78,23 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return min(taken[1:])
 
 
+class NotRehearsed(Exception):
+    """The computation depends on more than shapes."""
+
+
 @contextmanager
 def rehearsing(machine: Machine) -> Iterator[Rehearsal]:
-    """Rehearse what the block computes with tensors on the meta device."""
+    """Rehearse what the block computes with tensors on the meta device.
+
+    Raises:
+        NotRehearsed: the block asks for numbers, or has an operation that knows no shapes.
+    """
     rehearsal = Rehearsal(machine)
-    with _AttentionInOnePiece(), rehearsal:
-        yield rehearsal
+    try:
+        with _AttentionInOnePiece(), rehearsal:
+            yield rehearsal
+    except RuntimeError as error:  # what torch raises for both; there is no class of their own
+        raise NotRehearsed(first_line(error)) from error
 
 
 class Rehearsal(TorchDispatchMode):

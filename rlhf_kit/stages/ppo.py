@@ -297,7 +297,7 @@ class PPO:
         self.value_epochs, value_rate = 0, settings.learning_rate
         if with_value is not None:
             own_passes = with_value.value == "adapter"
-            self.value_epochs = with_value.value_epochs or (1 if own_passes else settings.epochs)
+            self.value_epochs = with_value.own_value_epochs or with_value.value_epochs or settings.epochs
             value_rate = with_value.value_learning_rate or settings.learning_rate * (
                 settings.epochs / self.value_epochs if own_passes else 1
             )
@@ -705,16 +705,16 @@ class PPO:
             losses = losses + self.kl_control.coef * kl.kl_k3(logprobs, rollout.reference_logprobs)
         return losses, clipped
 
-    def _learning(self, with_value: bool) -> list[str]:
-        """Return the names of the parameters that learn, with the value function's or without."""
-        return [name for name in self.parameters if with_value or not name.startswith(f"{VALUE}/")]
+    def _learning(self, with_value: bool) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by name, with the value function's or without."""
+        return {name: p for name, p in self.parameters.items() if with_value or not name.startswith(f"{VALUE}/")}
 
     def _step(self, update: int, with_value: bool) -> float:
         """Take one optimizer step with the gradients of all processes; return their norm before clipping.
 
         A step with a gradient that is not finite is not taken if the recipe says so; its norm counts as 0.
         """
-        parameters = [self.parameters[name] for name in self._learning(with_value)]
+        parameters = list(self._learning(with_value).values())
         distributed.add_up_gradients(parameters, self.accelerator)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():

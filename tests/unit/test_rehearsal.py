@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_kit.rehearsal import Machine, rehearsing
+from rlhf_kit.rehearsal import Machine, NotRehearsed, rehearsing
 
 MACHINE = Machine(flops_per_second=1e9, bytes_per_second=1e8, seconds_per_operation=1e-3)
 
@@ -91,6 +91,14 @@ def test_attention_keeps_no_weights():
         return seen.peak
 
     assert peak(2048) <= 2.1 * peak(1024)
+
+
+def test_what_asks_for_numbers_is_not_rehearsed():
+    """There are none; and what goes wrong for another reason stays what it is."""
+    with pytest.raises(NotRehearsed, match=r"item\(\)"), rehearsing(MACHINE):
+        empty(1).item()
+    with pytest.raises(ValueError, match="mine"), rehearsing(MACHINE):
+        raise ValueError("mine")
 
 
 def test_a_machine_is_measured():
