@@ -42,6 +42,7 @@ from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.foreign import Foreign
 from rlhf_kit.maths.logprobs import OutputHead
+from rlhf_kit.maths.products import FrozenMatrix, packs
 from rlhf_kit.model_folders import ADAPTER_WEIGHTS, ModelFolder, check_adapter, opened, safetensors_header
 from rlhf_kit.settings import without_local_paths
 
@@ -482,6 +483,7 @@ class SharedBase:
         self._trainable: dict[str, dict[str, nn.Parameter]] = {}
         self._active = BASE
         self._takes_positions = takes_positions(self.trunk)
+        multiply_packed(self.trunk)
         self.output_head = output_head(causal)
         """The base's own, which no role changes."""
 
@@ -574,6 +576,13 @@ class SharedBase:
     def positions(self, mask: Tensor) -> dict[str, Tensor]:
         """Return the keyword for position ids [B, T] that skip padding, or nothing where the trunk takes none."""
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+
+
+def multiply_packed(trunk: nn.Module) -> None:
+    """Let those linear layers of a frozen trunk that gain by it multiply as `FrozenMatrix` does."""
+    for layer in trunk.modules():
+        if isinstance(layer, nn.Linear) and packs(layer.weight):
+            layer.forward = FrozenMatrix(layer.weight, layer.bias)
 
 
 def takes_positions(trunk: nn.Module) -> bool:

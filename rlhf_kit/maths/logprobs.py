@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-CHUNK = 2048
-"""Tokens whose log-probabilities are made together."""
+from rlhf_kit.maths.products import FrozenMatrix
+
+BLOCK = {"cpu": 4096}
+"""Vocabulary entries whose logits are made together: on a CPU so many, elsewhere all of them."""
 SPAN = 256
 """Vocabulary entries that sampling adds up before it looks at them one by one; near the root of usual vocabularies."""
 
@@ -36,17 +39,21 @@ class OutputHead:
     scale: float = 1.0
     cap: float | None = None
 
+    @cached_property
+    def blocks(self) -> list[FrozenMatrix]:
+        """W and b in blocks of some entries of the vocabulary each, in order."""
+        size = BLOCK.get(self.weight.device.type, len(self.weight))
+        weights = self.weight.split(size)
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(size)
+        return [FrozenMatrix(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [B, V] of a few hidden states [B, H]."""
-        # A CPU's matmul of few rows is up to twice as fast the other way round.
-        return self._adjusted((self.weight @ hidden.t()).t().contiguous(), self.bias)
+        return torch.cat([self.logits(hidden, block) for block in self.blocks], dim=-1)
 
-    def block(self, hidden: Tensor, entries: slice) -> Tensor:
-        """Logits [n, v] of some entries of the vocabulary, of hidden states [n, H]."""
-        return self._adjusted(hidden @ self.weight[entries].t(), None if self.bias is None else self.bias[entries])
-
-    def _adjusted(self, product: Tensor, bias: Tensor | None) -> Tensor:
-        logits = product if bias is None else product.add_(bias)
+    def logits(self, hidden: Tensor, block: FrozenMatrix) -> Tensor:
+        """Logits [n, v] of one of the blocks, of hidden states [n, H]."""
+        logits = block.times(hidden)
         logits = logits if self.scale == 1 else logits.mul_(self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
@@ -58,9 +65,9 @@ class OutputHead:
 def token_logprobs(hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, entries: int) -> Tensor:
     """Log-probability of each of `ids` [N] under softmax(head(hidden [N, H]) / temperature), float32 [N].
 
-    Logits exist for `entries` pairs of a token and a vocabulary entry at a time only: the vocabulary is gone through in
-    blocks, small enough to stay in a CPU's cache. Gradients reach `hidden` and stop at the head, which is frozen; they
-    are made along the way, as small as the hidden states, and the backward pass only scales them.
+    Logits exist for `entries` pairs of a token and a vocabulary entry at a time only, or for one token and one of the
+    head's blocks: few enough to stay in a CPU's cache. Gradients reach `hidden` and stop at the head, which is frozen;
+    they are made along the way, as small as the hidden states, and the backward pass only scales them.
 
     Source: Milakov and Gimelshein 2018 (arXiv 1805.02867), algorithm 3, for the sum that is rescaled as its largest
     term becomes known; what is summed here are also the gradients.
@@ -72,8 +79,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, entries: int) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        chunks = zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
-        logprobs, slopes = zip(*(_online(h, head, i, temperature, entries, wanted) for h, i in chunks), strict=True)
+        tokens = max(1, entries // len(head.blocks[0].weight))
+        chunks = zip(hidden.split(tokens), ids.split(tokens), strict=True)
+        logprobs, slopes = zip(*(_online(h, head, i, temperature, wanted) for h, i in chunks), strict=True)
         ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logprobs)
 
@@ -84,31 +92,30 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _online(
-    hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, entries: int, wanted: bool
+    hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [n] and their gradients by the hidden states: [n, H], or nothing if not wanted.
 
     d log p(token) / d h = (slope(token) W[token] - sum over v of p(v) slope(v) W[v]) / temperature
     """
     hidden, token = hidden.detach(), ids.unsqueeze(-1)
-    vocabulary, width = len(head.weight), max(1, entries // max(1, len(ids)))
     largest = torch.full((len(ids), 1), torch.finfo(torch.float32).min, device=ids.device)
     total, own = torch.zeros_like(largest), torch.zeros_like(largest)
     mean = torch.zeros_like(hidden, dtype=torch.float32)  # of slope W under softmax, times `total`
-    for start in range(0, vocabulary, width):
-        block = slice(start, min(start + width, vocabulary))
-        logits = head.block(hidden, block)
+    for block in head.blocks:
+        logits = head.logits(hidden, block)
         slopes = head.slopes(logits) if wanted else 1.0
         logits = tempered(logits, temperature)
-        inside = (token >= block.start) & (token < block.stop)
-        own = torch.where(inside, logits.gather(-1, (token - start).clamp(0, logits.shape[-1] - 1)), own)
+        inside = (token >= 0) & (token < logits.shape[-1])
+        own = torch.where(inside, logits.gather(-1, token.clamp(0, logits.shape[-1] - 1)), own)
+        token = token - logits.shape[-1]  # counted from the next block
         before, largest = largest, largest.maximum(logits.amax(-1, keepdim=True))
         shrink = (before - largest).exp_()
         weights = logits.sub_(largest).exp_()
         total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
         if wanted:
             weights = weights if isinstance(slopes, float) and slopes == 1 else weights * slopes
-            mean = _plus_product(mean.mul_(shrink), weights, head.weight[block])
+            mean = _plus_product(mean.mul_(shrink), weights, block.weight)
     logprobs = (own - largest - total.log()).squeeze(-1)
     if not wanted:
         return logprobs, hidden[:0]
