@@ -98,7 +98,7 @@ class Examination:
         Raises: InputError when a score is not finite.
         """
         rollout, written = self.sampled(role)
-        logprobs = self.pieces.whole(
+        logprobs, _ = self.pieces.whole(
             lambda size: scored_by_models(
                 self.shared,
                 rollout,

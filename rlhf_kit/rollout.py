@@ -8,7 +8,7 @@ logits at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ MOST_LOGITS = 2**25
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
 """(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""
+
+
+class PolicyPass(NamedTuple):
+    """What a pass of the policy over some completions makes."""
+
+    states: Tensor
+    """[M, C, H], as `completion_states`."""
+    logprobs: Tensor
+    """[M, C], as `completion_logprobs`."""
 
 
 def microbatches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
@@ -76,6 +85,12 @@ def completion_logprobs(shared: SharedBase, states: Tensor, rollout: Rollout, te
     entries = logits_held(mask.device)
     logprobs = token_logprobs(states[mask], shared.output_head, rollout.completion_ids[mask], temperature, entries)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+def policy_pass(shared: SharedBase, role: str, rollout: Rollout, temperature: float) -> PolicyPass:
+    """Return a role's states and log-probabilities of a rollout's completions."""
+    states = completion_states(shared, role, rollout)
+    return PolicyPass(states, completion_logprobs(shared, states, rollout, temperature))
 
 
 def sampled(
@@ -147,19 +162,31 @@ def scored_by_models(
     value: ValueFunction,
     temperature: float,
     microbatch: int,
+    learnt_first: Sequence[int] = (),
     passes: Callable[[list[list[int]]], Iterable[list[int]]] = iter,
-) -> dict[str, Tensor]:
-    """Return `policy_logprobs`, `reference_logprobs` and `values`, each [B, C], computed a microbatch at a time.
+) -> tuple[dict[str, Tensor], dict[tuple[int, ...], PolicyPass]]:
+    """Return `policy_logprobs`, `reference_logprobs` and `values`, each [B, C], computed a microbatch at a time, and
+    those passes of the policy that learning can begin with.
 
-    passes: wraps the loop over microbatches, for a progress bar.
+    The policy that is learnt from first is still the one that wrote: its passes over the rows `learnt_first`, in the
+    pieces that learning has, are made with gradients and returned by their rows, as many as hold no more tokens than a
+    microbatch. passes: wraps the loop over microbatches, for a progress bar.
     """
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
-    every = range(len(rollout.scores))
-    for rows in passes(of_like_length(rollout.completion_mask, every, microbatch, rollout.prompt_ids.shape[1])):
+    beside = rollout.prompt_ids.shape[1]
+    others = sorted({*range(len(rollout.scores))}.difference(learnt_first))
+    first, others = (of_like_length(rollout.completion_mask, rows, microbatch, beside) for rows in (learnt_first, others))
+    room, kept = microbatch * rollout.ids.shape[1], {}
+    for rows in passes([*others, *first]):
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
-        states = completion_states(shared, policy, piece)
-        fill(result["policy_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
-        fill(result["values"], rows, value(piece, states))
         states = completion_states(shared, reference, piece)
         fill(result["reference_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
-    return result
+        keep = rows in first and room >= piece.ids.numel()
+        with torch.set_grad_enabled(keep):
+            made = policy_pass(shared, policy, piece, temperature)
+        if keep:
+            room -= piece.ids.numel()
+            kept[tuple(rows)] = made
+        fill(result["policy_logprobs"], rows, made.logprobs.detach())
+        fill(result["values"], rows, value(piece, made.states))
+    return result, kept

@@ -117,7 +117,7 @@ class Watch:
             self.temperature,
             self.at_once,
         )
-        logprobs = self.microbatch.whole(
+        logprobs, _ = self.microbatch.whole(
             lambda size: scored_by_models(
                 self.shared,
                 rollout,

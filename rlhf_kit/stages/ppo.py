@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ from rlhf_kit.pieces import Pieces
 from rlhf_kit.ptx import PTX
 from rlhf_kit.recipe import GRPOStage, OnlineStage, PPOStage, RLOOStage
 from rlhf_kit.rollout import (
+    PolicyPass,
     ValueFunction,
-    completion_logprobs,
     completion_states,
     fill,
     microbatches,
     of_like_length,
+    policy_pass,
     sampled,
     scored_by_models,
     scores_of,
@@ -69,6 +71,7 @@ from rlhf_kit.watch import Watch
 POLICY, REFERENCE, REWARD, VALUE, GOLD = "policy", "reference", "reward", "value", "gold"
 PROBE_PROMPTS = 4
 UNIT_COMPLETIONS = 256  # at least, to measure the zero and the unit of a score that brings none
+HEAD_RATE = 5  # times the policy's learning rate, of a value head on its trunk
 SAMPLES = 8  # completions kept for a reader whenever samples are due
 
 
@@ -168,6 +171,8 @@ class PPO:
         self.tokens = 0
         self.kl_was_explained = False
         self.rollout_seconds = self.scoring_seconds = 0.0
+        self.begun: dict[tuple[int, ...], PolicyPass] = {}
+        """Passes of the policy, by their rows, that scoring made and learning begins with."""
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.watch: Watch | None = None
         self._load_prompts()
@@ -296,10 +301,9 @@ class PPO:
         settings, with_value = self.settings, self.with_value
         self.value_epochs, value_rate = 0, settings.learning_rate
         if with_value is not None:
-            own_passes = with_value.value == "adapter"
             self.value_epochs = with_value.own_value_epochs or with_value.value_epochs or settings.epochs
             value_rate = with_value.value_learning_rate or settings.learning_rate * (
-                settings.epochs / self.value_epochs if own_passes else 1
+                settings.epochs / self.value_epochs if with_value.value == "adapter" else HEAD_RATE
             )
         self.parameters = self.shared.trainable()
         self.gradients = Gradients(self.parameters)
@@ -322,7 +326,7 @@ class PPO:
                 its stored probe as it did when it was saved.
         """
         rollout, _ = self._sample(POLICY, list(range(min(PROBE_PROMPTS, len(self.prompts)))), "probe", world=False)
-        scored = self._scored_by_models(rollout)
+        scored, _ = self._scored_by_models(rollout)
         kl_error = float((scored["policy_logprobs"] - scored["reference_logprobs"]).abs().max())
         with torch.enable_grad():
             again = self.pieces.whole(lambda size: self._logprobs_with_gradients(rollout, size))
@@ -348,8 +352,8 @@ class PPO:
         logprobs = torch.zeros_like(rollout.policy_logprobs)
         for rows in microbatches(range(len(logprobs)), size):
             piece = rollout.rows(torch.tensor(rows, device=self.shared.device))
-            states = completion_states(self.shared, POLICY, piece)
-            fill(logprobs, rows, completion_logprobs(self.shared, states, piece, self.settings.temperature).detach())
+            made = policy_pass(self.shared, POLICY, piece, self.settings.temperature)
+            fill(logprobs, rows, made.logprobs.detach())
         return logprobs
 
     def resume(self) -> int:
@@ -501,7 +505,9 @@ class PPO:
             self.ensemble_std.append(self.scorer.last_std.sum())
         return scores
 
-    def _scored_by_models(self, rollout: Rollout) -> dict[str, Tensor]:
+    def _scored_by_models(
+        self, rollout: Rollout, learnt_first: Sequence[int] = ()
+    ) -> tuple[dict[str, Tensor], dict[tuple[int, ...], PolicyPass]]:
         return self.pieces.whole(
             lambda size: scored_by_models(
                 self.shared,
@@ -511,6 +517,7 @@ class PPO:
                 value=self.value,
                 temperature=self.settings.temperature,
                 microbatch=size,
+                learnt_first=learnt_first,
                 passes=lambda pieces: progress(pieces, desc="  scoring, microbatches"),
             )
         )
@@ -525,7 +532,8 @@ class PPO:
         if self.settings.score_clip is not None:
             scores = scores.clamp(-self.settings.score_clip, self.settings.score_clip)
         self.sampler_logprobs = rollout.policy_logprobs
-        rollout = replace(rollout, scores=scores, **self._scored_by_models(rollout))
+        scored, self.begun = self._scored_by_models(rollout, self._mine(self._minibatches(update, 0)[0]))
+        rollout = replace(rollout, scores=scores, **scored)
         for name in ("policy_logprobs", "reference_logprobs", "values", "scores"):
             self._require_finite(name, getattr(rollout, name), update)
         self.rollout_seconds, self.scoring_seconds = time.monotonic() - started, time.monotonic() - sampled
@@ -575,6 +583,17 @@ class PPO:
         """Return mean and variance of the real tokens of all processes."""
         return masking.mean_and_variance(*distributed.total(torch.stack(masking.moments(x, mask)), self.accelerator))
 
+    def _minibatches(self, update: int, epoch: int) -> list[list[int]]:
+        """Return the global rows of each minibatch of an epoch."""
+        size = self.settings.batch_size
+        generator = torch.Generator().manual_seed(derived_seed(*self.seed, "minibatches", update, epoch))
+        order = torch.randperm(size, generator=generator).tolist()
+        return list(microbatches(order, size // self.settings.minibatches))
+
+    def _mine(self, rows: list[int]) -> list[int]:
+        """Return those global rows that are this process's, counted from its first."""
+        return [row - self.rows.start for row in rows if row in self.rows]
+
     def learn(self, update: int, rollout: Rollout, targets: Targets) -> Learned:
         """Take epochs x minibatches optimizer steps on a rollout.
 
@@ -582,7 +601,7 @@ class PPO:
         processes, so neither the microbatch nor the number of processes changes the step.
         """
         started = time.monotonic()
-        settings, size = self.settings, self.settings.batch_size
+        settings = self.settings
         factor = learning_rate_factor(settings.schedule, update, settings.updates, settings.warmup_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -593,12 +612,10 @@ class PPO:
         gradient_norms, first_ratio_error = [], 0.0
         bar = progress(total=settings.epochs * len(self.rows), desc="  learning, completions")
         for epoch in range(settings.epochs):
-            generator = torch.Generator().manual_seed(derived_seed(*self.seed, "minibatches", update, epoch))
-            order = torch.randperm(size, generator=generator).tolist()
             with_value = epoch < self.value_epochs
-            for number, minibatch in enumerate(microbatches(order, size // settings.minibatches)):
+            for number, minibatch in enumerate(self._minibatches(update, epoch)):
                 tokens = sum(lengths[row] for row in minibatch)
-                mine = [row - self.rows.start for row in minibatch if row in self.rows]
+                mine = self._mine(minibatch)
                 step = (update * settings.epochs + epoch) * settings.minibatches + number
                 policy_figures, value_figures, ratio_error, ptx_loss = self._gradients(
                     rollout, mine, targets, tokens, with_value, step
@@ -637,13 +654,14 @@ class PPO:
         """
 
         def in_pieces(size: int) -> tuple[Tensor, Tensor, float, Tensor]:
+            begun, self.begun = self.begun, {}  # good for the policy that wrote, and once
             self.gradients.start(self._learning(with_value))
             policy_sums, value_sums = (torch.zeros(n, dtype=torch.float64, device=self.shared.device) for n in (3, 2))
             largest = 0.0
             for piece in of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1]):
                 index = torch.tensor(piece, device=self.shared.device)
                 policy_figures, value_figures, ratio_error = self._learn_from(
-                    rollout.rows(index), index, targets, tokens, with_value
+                    rollout.rows(index), index, targets, tokens, with_value, begun.pop(tuple(piece), None)
                 )
                 policy_sums += policy_figures
                 value_sums += value_figures
@@ -656,17 +674,22 @@ class PPO:
         return self.pieces.whole(in_pieces)
 
     def _learn_from(
-        self, rollout: Rollout, index: Tensor, targets: Targets, tokens: int, with_value: bool
+        self,
+        rollout: Rollout,
+        index: Tensor,
+        targets: Targets,
+        tokens: int,
+        with_value: bool,
+        begun: PolicyPass | None = None,
     ) -> tuple[Tensor, Tensor, float]:
-        """Add a microbatch's part of the minibatch's gradients.
+        """Add a microbatch's part of the minibatch's gradients. begun: the policy's pass, if there has been one.
 
         Returns its part of the policy's figures [3] and of the value function's [2], and its largest |ratio - 1|.
         """
         settings, mask = self.with_value, rollout.completion_mask
         columns = mask.shape[1]
         advantage, returns = targets.advantages[index, :columns], targets.returns[index, :columns]
-        states = completion_states(self.shared, POLICY, rollout)
-        logprobs = completion_logprobs(self.shared, states, rollout, self.settings.temperature)
+        states, logprobs = begun or policy_pass(self.shared, POLICY, rollout, self.settings.temperature)
         losses, clipped = self._policy_losses(logprobs, rollout, advantage)
         per_completion = losses.dim() == 1
         counted, count = mask, float(tokens)
@@ -686,7 +709,7 @@ class PPO:
         if settings.value == "adapter":  # it has a graph of its own, for which all of the policy's makes room
             loss.backward()
             loss, states = torch.zeros_like(loss), torch.empty(0)
-            del logprobs, losses, clipped
+            del logprobs, losses, clipped, begun
         values = self.value(rollout, states)
         losses, clipped = ppo.value_loss(values, rollout.values, returns, settings.value_clip)
         (loss + settings.value_coef * masking.masked_mean(losses, mask, tokens)).backward()

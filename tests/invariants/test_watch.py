@@ -278,7 +278,7 @@ def test_the_sampler_keeps_the_log_probabilities_of_its_tokens(tmp_path):
     """They are those of a whole forward pass, up to rounding, and 0 on padding."""
     trainer = ppo.PPO(make_job(tmp_path, temperature=0.7))
     rollout, _ = trainer._sample("policy", list(range(8)), "test")
-    scored = trainer._scored_by_models(rollout)
+    scored, _ = trainer._scored_by_models(rollout)
     torch.testing.assert_close(rollout.policy_logprobs, scored["policy_logprobs"], rtol=0, atol=1e-4)
     assert float(masking.masked_sum(rollout.policy_logprobs, ~rollout.completion_mask)) == 0
 
