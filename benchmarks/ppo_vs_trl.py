@@ -350,7 +350,8 @@ def least_flops(shape: Shape, length: float, value: str) -> dict[str, float]:
 
     length: mean completion tokens. A backward pass costs as much as the forward pass through frozen weights, less what
     nobody asks for (the gradients by the inputs of the lowest q, k and v), and twice as much through an adapter. The
-    value adapter learns in one of the epochs.
+    value adapter learns in one of the epochs. The policy's pass that learning begins with is made in scoring, together
+    with the log-probabilities' gradients.
     """
     layers, tokens = shape.config["num_hidden_layers"], shape.batch * (shape.prompt + length)
     frozen = 2 * tokens * layers * sum(inputs * outputs for inputs, outputs in shape.matrices)
@@ -361,8 +362,8 @@ def least_flops(shape: Shape, length: float, value: str) -> dict[str, float]:
     own_value = value == "adapter"
     return {
         "generate": forward + head,
-        "score": (3 + own_value) * forward + 2 * head,  # policy, reference, reward (and value)
-        "learn": shape.epochs * (both_ways + 2 * head) + own_value * both_ways,
+        "score": (3 + own_value) * forward + 3 * head,  # policy, reference, reward (and value)
+        "learn": shape.epochs * (both_ways + 2 * head) - forward - 2 * head + own_value * both_ways,
     }
 
 

@@ -289,7 +289,7 @@ class _Stages:
         read, read_logprobs = passes.read(size, tokens), passes.read(size, tokens, new)
         learn, learn_value = passes.learn(size, tokens, new), passes.learn(size, tokens)
         update = sample.seconds + pieces * (
-            2 * read_logprobs.seconds
+            2 * read_logprobs.seconds  # policy and reference
             + (roles + own_value) * read.seconds
             + stage.epochs * learn.seconds
             + value_epochs * learn_value.seconds
@@ -308,7 +308,8 @@ class _Stages:
             seconds += stage.updates * stage.epochs * stage.minibatches * mixed
         most = passes.learn(size, prompts.longest + new, new)
         at_once = passes.sample(stage.batch_size, prompts.longest, new)
-        return self._need(stage.updates, seconds, 1 + own_value, 1 + roles, most.bytes, at_once.bytes)
+        need = self._need(stage.updates, seconds, 1 + own_value, 1 + roles, most.bytes, at_once.bytes)
+        return self._on_a_shared_base(need)
 
     def _rejection_sampling(self, stage: RejectionSamplingStage) -> Need:
         prompts, new, passes = self._prompts(stage), stage.max_new_tokens, self.passes
@@ -320,7 +321,10 @@ class _Stages:
         need = self._trained_on(stage, rows, _Lengths(prompts.rows, new, new))
         most = passes.sample(stage.sampled_at_once, prompts.longest, new)
         seconds = need.seconds + times * (sample.seconds + score)
-        return replace(need, seconds=seconds, sampling=round(most.bytes))
+        return self._on_a_shared_base(replace(need, seconds=seconds, sampling=round(most.bytes)))
+
+    def _on_a_shared_base(self, need: Need) -> Need:
+        return replace(need, base=need.base + self.passes.packed_bytes)
 
     def _evaluation(self, card: Cards) -> Need:
         """The closing table: what every policy answers, and what reference and reward model say of it."""
@@ -336,4 +340,4 @@ class _Stages:
         answer = passes.sample(size, prompts.typical, new).seconds + 2 * passes.read(size, tokens, new).seconds
         seconds = policies * pieces * (answer + roles * passes.read(size, tokens).seconds)
         most = passes.sample(size, prompts.longest, new)
-        return self._need(0, seconds, 0, policies - 1 + roles, 0, most.bytes)
+        return self._on_a_shared_base(self._need(0, seconds, 0, policies - 1 + roles, 0, most.bytes))

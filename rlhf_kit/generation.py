@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf_kit.batches import Completions, PromptBatch
 from rlhf_kit.maths.logprobs import inverse_cdf, tempered
@@ -39,6 +40,44 @@ def uniforms(rows: Sequence[int], total: int, length: int, *seed_parts: object) 
     """Return [len(rows), length] uniform numbers in [0, 1): the given rows of the global [total, length] draw."""
     generator = torch.Generator().manual_seed(derived_seed(*seed_parts))
     return torch.rand(total, length, generator=generator)[list(rows)]
+
+
+class _Room(DynamicLayer):
+    """A layer's keys and values in room for all that are to come: a token's are written behind the others, where
+    transformers copies them all for each.
+    """
+
+    def __init__(self, filled: DynamicLayer, tokens: int) -> None:
+        super().__init__()
+        self.lazy_initialization(filled.keys, filled.values)
+        self.rooms = [
+            states.new_empty(*states.shape[:2], tokens, states.shape[3]) for states in (filled.keys, filled.values)
+        ]
+        """Of keys and of values, [B, heads, tokens, size]."""
+        self.update(filled.keys, filled.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write the next keys and values [B, heads, n, size]; return all so far."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, start:end] = states
+        return self._show(end)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of these indices alone."""
+        self.rooms = [room[indices] for room in self.rooms]
+        self._show(self.get_seq_length())
+
+    def _show(self, end: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        return self.keys, self.values
+
+
+def _with_room(cache: Cache, tokens: int) -> Cache:
+    """Give those layers of a cache that keep every token room for so many."""
+    cache.layers = [_Room(layer, tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 @torch.no_grad()
@@ -75,7 +114,8 @@ def generate(
             output = shared.trunk(
                 input_ids=step_ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
             )
-            cache = output.past_key_values
+            if cache is None:
+                cache = _with_room(output.past_key_values, mask.shape[1] + limit)
             logits = shared.output_head(output.last_hidden_state[:, -1])
             probabilities = tempered(logits, temperature).softmax(dim=-1)
             tokens = inverse_cdf(probabilities, uniform[running, step])

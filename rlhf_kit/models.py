@@ -581,8 +581,8 @@ class SharedBase:
 def multiply_packed(trunk: nn.Module) -> None:
     """Let those linear layers of a frozen trunk that gain by it multiply as `FrozenMatrix` does."""
     for layer in trunk.modules():
-        if isinstance(layer, nn.Linear) and packs(layer.weight):
-            layer.forward = FrozenMatrix(layer.weight, layer.bias)
+        if isinstance(layer, nn.Linear) and packs(layer.weight.device, layer.weight.dtype):
+            setattr(layer, "forward", FrozenMatrix(layer.weight, layer.bias))  # noqa: B010  (to mypy it is a method)
 
 
 def takes_positions(trunk: nn.Module) -> bool:

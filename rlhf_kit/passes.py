@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_kit import models
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.maths.logprobs import inverse_cdf, tempered, token_logprobs
+from rlhf_kit.maths.products import packs
 from rlhf_kit.recipe import Recipe
 from rlhf_kit.rehearsal import Machine, rehearsing
 from rlhf_kit.rollout import logits_held
@@ -47,6 +48,12 @@ class Passes:
         self.head = models.plain_head(causal, causal.get_output_embeddings())
         layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
         self.bytes = self._bytes_of_base(causal, layers)
+        self.packed_bytes = 0
+        """Of the second copies that a shared base has of its weights."""
+        if packs(device, getattr(torch, recipe.base.dtype)):
+            plain = layers if recipe.base.quantization == "none" else []
+            copied = [layer.weight for layer in plain if isinstance(layer, nn.Linear)] + [self.head.weight]
+            self.packed_bytes = sum(weight.nbytes for weight in copied)
         with torch.device("meta"):
             try:
                 adapted = get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()

@@ -397,8 +397,8 @@ class PPOStage(OnlineStage):
     minibatches: Count = 2
     """Optimizer steps per epoch."""
     value_learning_rate: LearningRate | None = None
-    """null is `learning_rate` times epochs / value_epochs of an adapter, so that fewer steps go as far, and times 5 of a
-    head on the policy's trunk."""
+    """null is `learning_rate` times epochs / value_epochs of an adapter, so that fewer steps go as far, and times 5 of
+    a head on the policy's trunk."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of what later tokens earn."""
     lam: Fraction = 0.95

@@ -166,27 +166,29 @@ def scored_by_models(
     passes: Callable[[list[list[int]]], Iterable[list[int]]] = iter,
 ) -> tuple[dict[str, Tensor], dict[tuple[int, ...], PolicyPass]]:
     """Return `policy_logprobs`, `reference_logprobs` and `values`, each [B, C], computed a microbatch at a time, and
-    those passes of the policy that learning can begin with.
+    passes of the policy that learning can begin with.
 
-    The policy that is learnt from first is still the one that wrote: its passes over the rows `learnt_first`, in the
-    pieces that learning has, are made with gradients and returned by their rows, as many as hold no more tokens than a
-    microbatch. passes: wraps the loop over microbatches, for a progress bar.
+    What the policy wrote last is learnt from first by the same policy: over the rows `learnt_first`, in the pieces that
+    learning has, its passes are made with gradients and returned by their rows, as many as together have no more
+    tokens than a microbatch. passes: wraps the loop over microbatches, for a progress bar.
     """
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
     beside = rollout.prompt_ids.shape[1]
     others = sorted({*range(len(rollout.scores))}.difference(learnt_first))
-    first, others = (of_like_length(rollout.completion_mask, rows, microbatch, beside) for rows in (learnt_first, others))
-    room, kept = microbatch * rollout.ids.shape[1], {}
-    for rows in passes([*others, *first]):
+    first, others = (
+        of_like_length(rollout.completion_mask, rows, microbatch, beside) for rows in (learnt_first, others)
+    )
+    room, begun = microbatch * rollout.ids.shape[1], {}
+    for rows in passes([*others, *reversed(first)]):
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
         states = completion_states(shared, reference, piece)
         fill(result["reference_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
-        keep = rows in first and room >= piece.ids.numel()
-        with torch.set_grad_enabled(keep):
+        fits = rows in first and piece.ids.numel() <= room
+        with torch.set_grad_enabled(fits):
             made = policy_pass(shared, policy, piece, temperature)
-        if keep:
+        if fits:
+            begun[tuple(rows)] = made
             room -= piece.ids.numel()
-            kept[tuple(rows)] = made
         fill(result["policy_logprobs"], rows, made.logprobs.detach())
         fill(result["values"], rows, value(piece, made.states))
-    return result, kept
+    return result, begun

@@ -91,9 +91,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return (upstream[0].unsqueeze(-1) * slopes).to(slopes.dtype), None, None, None, None
 
 
-def _online(
-    hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, wanted: bool
-) -> tuple[Tensor, Tensor]:
+def _online(hidden: Tensor, head: OutputHead, ids: Tensor, temperature: float, wanted: bool) -> tuple[Tensor, Tensor]:
     """Log-probabilities [n] and their gradients by the hidden states: [n, H], or nothing if not wanted.
 
     d log p(token) / d h = (slope(token) W[token] - sum over v of p(v) slope(v) W[v]) / temperature

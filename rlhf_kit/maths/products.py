@@ -24,7 +24,11 @@ class FrozenMatrix:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [O, I], which is not to change from here on. bias: [O]."""
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), ROWS) if packs(weight) else None
+        self.packed = (
+            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), ROWS)
+            if packs(weight.device, weight.dtype)
+            else None
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b [..., O] of x [..., I], with x's gradient."""
@@ -37,11 +41,11 @@ class FrozenMatrix:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def packs(weight: Tensor) -> bool:
-    """Return whether a frozen matrix keeps a second copy of this weight; never of one without numbers."""
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether frozen matrices there keep a second copy of their weights."""
     return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        device.type == "cpu"
+        and dtype == torch.float32
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
     )

@@ -526,6 +526,7 @@ class PPO:
     def roll_out(self, update: int) -> tuple[Rollout, Written]:
         """Return the update's completions with their log-probabilities, values and normalised scores."""
         started = time.monotonic()
+        self.begun = {}  # of an update that was skipped
         rollout, written = self._sample(POLICY, self._prompt_rows(update), "rollout", update)
         sampled = time.monotonic()
         scores = (self._raw_scores(written) - self.mean) / self.std
@@ -658,7 +659,8 @@ class PPO:
             self.gradients.start(self._learning(with_value))
             policy_sums, value_sums = (torch.zeros(n, dtype=torch.float64, device=self.shared.device) for n in (3, 2))
             largest = 0.0
-            for piece in of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1]):
+            pieces = of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1])
+            for piece in sorted(pieces, key=lambda piece: tuple(piece) not in begun):  # what is held makes room first
                 index = torch.tensor(piece, device=self.shared.device)
                 policy_figures, value_figures, ratio_error = self._learn_from(
                     rollout.rows(index), index, targets, tokens, with_value, begun.pop(tuple(piece), None)

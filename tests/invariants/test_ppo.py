@@ -119,6 +119,58 @@ def test_microbatches_do_not_change_the_update(tmp_path, value):
 
 
 @pytest.mark.parametrize(
+    ("settings", "rows_begun"),
+    [
+        ({"minibatches": 1, "microbatch": 8}, 8),
+        ({"minibatches": 2, "microbatch": 8}, 4),
+        ({"minibatches": 1, "microbatch": 4, "value": "trunk"}, 4),
+        ({"minibatches": 2, "microbatch": 1}, 1),
+    ],
+)
+def test_learning_begins_with_the_passes_of_scoring(tmp_path, settings, rows_begun):
+    """They are of rows that are learnt from first, no more than a microbatch, serve once, and change nothing."""
+    results = []
+    for begun in (True, False):
+        trainer = ppo.PPO(make_job(tmp_path, epochs=2, missing_eos_penalty=None, **settings))
+        rollout, _ = trainer.roll_out(0)
+        rows = [row for piece in trainer.begun for row in piece]
+        assert sum(made.logprobs.numel() for made in trainer.begun.values()) <= (
+            trainer.settings.microbatch * rollout.completion_ids.shape[1]
+        )
+        assert len(rows) >= rows_begun and set(rows) <= set(trainer._minibatches(0, 0)[0])
+        if not begun:
+            trainer.begun = {}
+        trainer.learn(0, rollout, trainer.targets(rollout))
+        assert trainer.begun == {}
+        results.append({name: parameter.detach().clone() for name, parameter in trainer.parameters.items()})
+    with_passes, without = results
+    start = ppo.PPO(make_job(tmp_path, **settings)).parameters
+    for name, parameter in with_passes.items():
+        moved = (parameter - start[name]).abs().max()
+        assert moved > 0 and (parameter - without[name]).abs().max() < 0.02 * moved, name
+
+
+def test_a_pass_is_begun_by_the_policy_that_wrote(tmp_path, monkeypatch):
+    """Only the first optimizer step may use what scoring made; the policy has moved since in all others."""
+    trainer = ppo.PPO(make_job(tmp_path, epochs=2, minibatches=2, microbatch=8))
+    used, learn_from = [], trainer._learn_from
+    monkeypatch.setattr(trainer, "_learn_from", lambda *a: used.append(a[5] is not None) or learn_from(*a))
+    rollout, _ = trainer.roll_out(0)
+    trainer.learn(0, rollout, trainer.targets(rollout))
+    pieces_of_the_first_step = used.index(False)
+    assert used[0] and not any(used[pieces_of_the_first_step:])
+
+
+@pytest.mark.parametrize(("value", "times"), [("adapter", 3), ("trunk", ppo.HEAD_RATE)])
+def test_the_value_function_has_a_rate_of_its_own(tmp_path, value, times):
+    """An adapter's makes up for the epochs in which it does not learn; a head on the trunk takes larger steps."""
+    trainer = ppo.PPO(make_job(tmp_path, epochs=3, value=value, learning_rate=0.004))
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.parameters.items():
+        assert rates[id(parameter)] == pytest.approx(0.004 * (times if name.startswith("value/") else 1)), name
+
+
+@pytest.mark.parametrize(
     ("settings", "learns"),
     [
         ({"value": "adapter"}, [True, True, False, False, False, False]),
