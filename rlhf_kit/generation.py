@@ -76,7 +76,10 @@ class _Room(DynamicLayer):
 
 def _with_room(cache: Cache, tokens: int) -> Cache:
     """Give those layers of a cache that keep every token room for so many."""
-    cache.layers = [_Room(layer, tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        _Room(layer, tokens) if type(layer) is DynamicLayer and layer.is_initialized else layer
+        for layer in cache.layers
+    ]
     return cache
 
 

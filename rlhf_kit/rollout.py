@@ -33,7 +33,7 @@ ValueFunction = Callable[[Rollout, Tensor], Tensor]
 
 
 class PolicyPass(NamedTuple):
-    """What a pass of the policy over some completions makes."""
+    """What a pass of the policy makes of some completions."""
 
     states: Tensor
     """[M, C, H], as `completion_states`."""
@@ -168,15 +168,16 @@ def scored_by_models(
     """Return `policy_logprobs`, `reference_logprobs` and `values`, each [B, C], computed a microbatch at a time, and
     passes of the policy that learning can begin with.
 
-    What the policy wrote last is learnt from first by the same policy: over the rows `learnt_first`, in the pieces that
-    learning has, its passes are made with gradients and returned by their rows, as many as together have no more
-    tokens than a microbatch. passes: wraps the loop over microbatches, for a progress bar.
+    The policy that takes the first step of learning is still the one that wrote. So its passes over the rows that this
+    step learns from, `learnt_first`, in the pieces that learning has, are made with gradients and returned by their
+    rows: the longest, as many as together have no more tokens than a microbatch. passes: wraps the loop over
+    microbatches, for a progress bar.
     """
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
     beside = rollout.prompt_ids.shape[1]
-    others = sorted({*range(len(rollout.scores))}.difference(learnt_first))
+    later = [row for row in range(len(rollout.scores)) if row not in {*learnt_first}]
     first, others = (
-        of_like_length(rollout.completion_mask, rows, microbatch, beside) for rows in (learnt_first, others)
+        of_like_length(rollout.completion_mask, rows, microbatch, beside) for rows in (learnt_first, later)
     )
     room, begun = microbatch * rollout.ids.shape[1], {}
     for rows in passes([*others, *reversed(first)]):

@@ -15,10 +15,10 @@ ROWS = 128
 class FrozenMatrix:
     """W [O, I], which learns nothing, to be multiplied with rows of numbers: x W^T + b.
 
-    On a CPU with x86's instructions, in float32, W is kept once more in oneDNN's own layout (`packed`). A product of
-    few rows, as in decoding, then takes half the time and one of many rows a seventh less than with the plain product,
-    whose order of W suits nobody; and what comes out for a row does not depend on how many others there are. Everywhere
-    else, and for the gradient, it is the plain product.
+    On a CPU with x86's instructions, in float32, W is kept once more in oneDNN's own layout (`packed`). Compared with
+    the plain product, one of few rows, as in decoding, then takes half the time and one of many rows a seventh less,
+    and what comes out for a row does not depend on how many others there are. Everywhere else, and for the gradient, it
+    is the plain product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

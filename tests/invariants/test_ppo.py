@@ -125,6 +125,8 @@ def test_microbatches_do_not_change_the_update(tmp_path, value):
         ({"minibatches": 2, "microbatch": 8}, 4),
         ({"minibatches": 1, "microbatch": 4, "value": "trunk"}, 4),
         ({"minibatches": 2, "microbatch": 1}, 1),
+        ({"minibatches": 1, "microbatch": 8, "quantization": "8bit"}, 8),
+        ({"minibatches": 1, "microbatch": 8, "quantization": "4bit"}, 8),
     ],
 )
 def test_learning_begins_with_the_passes_of_scoring(tmp_path, settings, rows_begun):
