@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from rlhf_kit import forecast, models, passes
 from rlhf_kit.collate import load_text_format
 from rlhf_kit.errors import InputError
+from rlhf_kit.maths.products import FrozenMatrix, packs
 from rlhf_kit.recipe import load_recipe
 from rlhf_kit.rehearsal import Machine, rehearsing
 from tests.end_to_end import chain
@@ -90,6 +91,20 @@ def test_weights_take_what_they_take_when_loaded(tmp_path, quantization):
     assert there.bytes == taken
     adapted = models.add_adapter(model, recipe.adapter, "CAUSAL_LM", init=None, seed=0, base=recipe.base)
     assert there.adapter_bytes == sum(p.nbytes for name, p in adapted.named_parameters() if ".lora_" in name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "8bit"])
+def test_a_shared_base_holds_the_second_copies_that_are_told(tmp_path, quantization, dtype):
+    """Of linear layers that are not quantised and of the output head, where such copies are made."""
+    recipe = load_recipe(chain.write_chain(tmp_path, base={"quantization": quantization, "dtype": dtype}))
+    there = passes.Passes(recipe, CPU)
+    model = models.load_base(recipe.base, load_text_format(recipe.base), Accelerator(cpu=True))
+    shared = models.SharedBase(model, recipe.base)
+    layers = [layer.forward for layer in shared.trunk.modules() if isinstance(layer.forward, FrozenMatrix)]
+    held = [matrix.weight.nbytes for matrix in (*layers, *shared.output_head.blocks) if matrix.packed is not None]
+    assert there.packed_bytes == sum(held)
+    assert bool(held) == packs(CPU, getattr(torch, dtype))
 
 
 def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch):
