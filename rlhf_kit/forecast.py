@@ -288,10 +288,9 @@ class _Stages:
         sample = passes.sample(stage.batch_size, prompts.typical, new)
         read, read_logprobs = passes.read(size, tokens), passes.read(size, tokens, new)
         learn, learn_value = passes.learn(size, tokens, new), passes.learn(size, tokens)
-        begun = 1  # microbatch, of which learning begins with the pass that scoring made
         update = (
             sample.seconds
-            + (2 * pieces - begun) * read_logprobs.seconds  # policy and reference
+            + (2 * pieces - 1) * read_logprobs.seconds  # policy and reference; learning begins with one of the passes
             + pieces * (roles + own_value) * read.seconds
             + pieces * (stage.epochs * learn.seconds + value_epochs * learn_value.seconds)
         )

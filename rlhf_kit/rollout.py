@@ -175,7 +175,7 @@ def scored_by_models(
     """
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
     beside = rollout.prompt_ids.shape[1]
-    later = [row for row in range(len(rollout.scores)) if row not in {*learnt_first}]
+    later = sorted({*range(len(rollout.scores))}.difference(learnt_first))
     first, others = (
         of_like_length(rollout.completion_mask, rows, microbatch, beside) for rows in (learnt_first, later)
     )
