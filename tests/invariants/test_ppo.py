@@ -165,6 +165,17 @@ def test_a_pass_is_begun_by_the_policy_that_wrote(tmp_path, monkeypatch, minibat
     assert used[0] and not any(used[used.index(False) :])
 
 
+def test_passes_that_no_longer_fit_are_let_go_in_the_first_step(tmp_path, monkeypatch):
+    """Where memory ran out in between, pieces are other ones; a later step must not find what an older policy made."""
+    trainer = ppo.PPO(make_job(tmp_path, epochs=2, minibatches=1, microbatch=8))
+    rollout, _ = trainer.roll_out(0)
+    held, step = [len(trainer.begun)], trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda *a: held.append(len(trainer.begun)) or step(*a))
+    trainer.pieces.size = 1
+    trainer.learn(0, rollout, trainer.targets(rollout))
+    assert held[0] > 0 and held[1:] == [0, 0]
+
+
 @pytest.mark.parametrize(("value", "times"), [("adapter", 3), ("trunk", 5)])
 def test_the_value_function_has_a_rate_of_its_own(tmp_path, value, times):
     """An adapter's makes up for the epochs in which it does not learn; a head on the trunk takes larger steps."""
