@@ -324,7 +324,7 @@ class _Stages:
         return self._on_a_shared_base(replace(need, seconds=seconds, sampling=round(most.bytes)))
 
     def _on_a_shared_base(self, need: Need) -> Need:
-        return replace(need, base=need.base + self.passes.packed_bytes)
+        return replace(need, base=need.base + self.passes.copied_bytes)
 
     def _evaluation(self, card: Cards) -> Need:
         """The closing table: what every policy answers, and what reference and reward model say of it."""

@@ -111,7 +111,7 @@ def generate(
 
     running = torch.arange(count, device=device)
     mask, step_ids, cache = prompts.prompt_mask.to(device), prompts.prompt_ids.to(device), None
-    with shared.using(role):
+    with shared.decoding(role):
         for step in progress(range(limit), desc="  generating, tokens"):
             positions = {name: tensor[:, -step_ids.shape[1] :] for name, tensor in shared.positions(mask).items()}
             output = shared.trunk(

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -37,12 +36,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf_kit import artifacts, foreign, recipe
+from rlhf_kit import artifacts, foreign, layers, recipe
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.foreign import Foreign
 from rlhf_kit.maths.logprobs import OutputHead
-from rlhf_kit.maths.products import FrozenMatrix, packs
 from rlhf_kit.model_folders import ADAPTER_WEIGHTS, ModelFolder, check_adapter, opened, safetensors_header
 from rlhf_kit.settings import without_local_paths
 
@@ -483,7 +481,8 @@ class SharedBase:
         self._trainable: dict[str, dict[str, nn.Parameter]] = {}
         self._active = BASE
         self._takes_positions = takes_positions(self.trunk)
-        multiply_packed(self.trunk)
+        layers.multiply_packed(causal, self.trunk)
+        layers.keep_less(self.trunk, getattr(torch, base.dtype))
         self.output_head = output_head(causal)
         """The base's own, which no role changes."""
 
@@ -509,7 +508,7 @@ class SharedBase:
             self.peft.add_adapter(role, config)
         heads = _copy_lora(self.peft, role, folder, self.base)
         self._layers = [module for module in self.causal.modules() if isinstance(module, BaseTunerLayer)]
-        adapt_in_few_passes(self._layers, role)
+        layers.adapt_in_few_passes(self._layers, role)
         for name, parameter in self.peft.named_parameters():
             if re.search(rf"\.lora_\w+\.{re.escape(role)}(\.weight)?$", name):
                 parameter.requires_grad_(trainable)
@@ -552,6 +551,14 @@ class SharedBase:
         finally:
             self._activate(before)
 
+    @contextmanager
+    def decoding(self, role: str) -> Iterator[None]:
+        """Run the block, which makes few tokens at a time, as `using` does: with the adapter folded into packed weights
+        where there are such.
+        """
+        with layers.folded(self._layers, role) as folded, self.using(BASE if folded else role):
+            yield
+
     def _activate(self, role: str) -> None:
         for layer in self._layers:
             if role == BASE:
@@ -578,39 +585,9 @@ class SharedBase:
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
 
 
-def multiply_packed(trunk: nn.Module) -> None:
-    """Let those linear layers of a frozen trunk that gain by it multiply as `FrozenMatrix` does."""
-    for layer in trunk.modules():
-        if isinstance(layer, nn.Linear) and packs(layer.weight.device, layer.weight.dtype):
-            setattr(layer, "forward", FrozenMatrix(layer.weight, layer.bias))  # noqa: B010  (to mypy it is a method)
-
-
 def takes_positions(trunk: nn.Module) -> bool:
     """Return whether a trunk is told the position of each token."""
     return "position_ids" in inspect.signature(trunk.forward).parameters
-
-
-def adapt_in_few_passes(layers: Iterable[nn.Module], role: str) -> None:
-    """Give those layers that have a linear adapter of a role the forward pass of `_adapted`."""
-    for layer in layers:
-        if isinstance(layer, LoraLayer) and role in layer.lora_A and isinstance(layer.lora_A[role], nn.Linear):
-            layer.forward = types.MethodType(_adapted, layer)
-
-
-def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
-    """The forward pass of a linear layer with the active role's adapter: W x + scaling B A x.
-
-    What PEFT computes, in fewer passes over memory; they are most of the time that an adapter costs on a CPU.
-    """
-    (role,) = self.active_adapters
-    if self.disable_adapters or role not in self.lora_A:  # roles may adapt different layers
-        return self.base_layer(x)
-    down, up = self.lora_A[role].weight, self.lora_B[role].weight
-    rows = x.flatten(0, -2)
-    result = self.base_layer(rows)
-    low = nn.functional.linear(rows.to(down.dtype), down)
-    total = result.to(down.dtype).addmm_(low, up.t(), alpha=self.scaling[role])
-    return total.to(result.dtype).unflatten(0, x.shape[:-1])
 
 
 def output_head(causal: PreTrainedModel) -> OutputHead:

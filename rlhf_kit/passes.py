@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kit import models
 from rlhf_kit.errors import InputError, first_line
+from rlhf_kit.layers import adapt_in_few_passes, keep_less
 from rlhf_kit.maths.logprobs import inverse_cdf, tempered, token_logprobs
 from rlhf_kit.maths.products import packs
 from rlhf_kit.recipe import Recipe
@@ -48,20 +51,21 @@ class Passes:
         self.head = models.plain_head(causal, causal.get_output_embeddings())
         layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
         self.bytes = self._bytes_of_base(causal, layers)
-        self.packed_bytes = 0
-        """Of the second copies that a shared base has of its weights."""
-        if packs(device, getattr(torch, recipe.base.dtype)):
-            plain = layers if recipe.base.quantization == "none" else []
-            copied = [layer.weight for layer in plain if isinstance(layer, nn.Linear)] + [self.head.weight]
-            self.packed_bytes = sum(weight.nbytes for weight in copied)
+        keep_less(self.trunk, getattr(torch, recipe.base.dtype))
         with torch.device("meta"):
             try:
-                adapted = get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()
+                self.adapted = get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()
             except ValueError as error:
                 raise InputError(f"adapter.target_modules: {first_line(error)}") from error
-        models.adapt_in_few_passes(causal.modules(), "default")
-        lora = (parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
+        adapt_in_few_passes(causal.modules(), "default")
+        lora = (parameter.numel() for name, parameter in self.adapted.named_parameters() if ".lora_" in name)
         self.adapter_bytes = FLOAT * sum(lora)
+        self.copied_bytes = self.folded_bytes = 0
+        if packs(device, getattr(torch, recipe.base.dtype)):
+            own = [layer.base_layer for layer in self.trunk.modules() if isinstance(layer, LoraLayer)]
+            plain = recipe.base.quantization == "none" and all(isinstance(layer, nn.Linear) for layer in own)
+            self.copied_bytes = self.head.weight.nbytes  # a shared base has it packed too
+            self.folded_bytes = sum(layer.weight.nbytes for layer in own if plain)  # and these while it samples
         inputs, outputs = max(map(_ends, layers), key=math.prod)
         layer = models.one_layer(recipe.base, inputs, outputs, device)
         self.machine = Machine.measured(layer, inputs, outputs, device, getattr(torch, recipe.base.dtype))
@@ -113,12 +117,16 @@ class Passes:
         layers, inputs = self.config.num_hidden_layers, rows * tokens * self.config.hidden_size * states.element_size()
         return Pass(seen.seconds + self.read(rows, tokens).seconds, layers * inputs + seen.peak / layers)
 
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """The block samples as a shared base does: folded adapters take no operations of their own."""
+        return self.adapted.disable_adapter() if self.folded_bytes else nullcontext()
+
     @torch.no_grad()
     def _sample(self, rows: int, prompt: int, new: int) -> Pass:
         """`new` tokens for each of `rows` prompts, none of which ends before."""
-        with rehearsing(self.machine) as reading:
+        with self._decoding(), rehearsing(self.machine) as reading:
             self._states(rows, prompt, keep=True)
-        with rehearsing(self.machine) as seen:
+        with self._decoding(), rehearsing(self.machine) as seen:
             middle = prompt + new // 2
             past = self._states(rows, middle, keep=True).past_key_values
             kept, before = seen.alive, seen.seconds
@@ -126,7 +134,10 @@ class Passes:
             probabilities = tempered(self.head(states[:, -1]), 1.0).softmax(-1)
             inverse_cdf(probabilities, torch.zeros(rows, device="meta"))
         at_the_end = kept * (prompt + new) / middle + 2 * probabilities.nbytes  # and the logits beside them
-        return Pass(reading.seconds + new * (seen.seconds - before), max(reading.peak, at_the_end))
+        seconds = (
+            reading.seconds + new * (seen.seconds - before) + 4 * self.folded_bytes / self.machine.bytes_per_second
+        )
+        return Pass(seconds, self.folded_bytes + max(reading.peak, at_the_end))
 
 
 def _ends(layer: nn.Module) -> tuple[int, int]:

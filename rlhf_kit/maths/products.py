@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,24 +17,34 @@ ROWS = 128
 class FrozenMatrix:
     """W [O, I], which learns nothing, to be multiplied with rows of numbers: x W^T + b.
 
-    On a CPU with x86's instructions, in float32, W is kept once more in oneDNN's own layout (`packed`). Compared with
-    the plain product, one of few rows, as in decoding, then takes half the time and one of many rows a seventh less,
-    and what comes out for a row does not depend on how many others there are. Everywhere else, and for the gradient, it
-    is the plain product.
+    On a CPU with x86's instructions, in float32, products are made from W in oneDNN's own layout (`packed`). Compared
+    with the plain product, one of few rows, as in decoding, then takes half the time and one of many rows a seventh
+    less, and what comes out for a row does not depend on how many others there are. Everywhere else, and for the
+    gradient, it is the plain product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [O, I], which is not to change from here on. bias: [O]."""
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.packed = (
-            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), ROWS)
-            if packs(weight.device, weight.dtype)
-            else None
-        )
+        self.bias = None if bias is None else bias.detach()
+        self.packed = _packed(weight.detach())
+        self._plain: Tensor | None = weight.detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """W [O, I] as it was given."""
+        if self._plain is not None:
+            return self._plain
+        assert self.packed is not None
+        return self.packed.to_dense()
+
+    def keep_packed_alone(self) -> None:
+        """Hold W once, if it is packed: for each gradient it is unpacked, which takes a twentieth of the product."""
+        if self.packed is not None:
+            self._plain = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b [..., O] of x [..., I], with x's gradient."""
-        return _Product.apply(x, self)
+        return _Product.apply(x, self) if torch.is_grad_enabled() else self.times(x)
 
     def times(self, x: Tensor) -> Tensor:
         """The same without a gradient."""
@@ -40,9 +52,25 @@ class FrozenMatrix:
             return torch.nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
+    @contextmanager
+    def instead(self, weight: Tensor) -> Iterator[None]:
+        """Within the block, products without gradients are with another weight [O, I], if W is packed."""
+        packed = self.packed
+        try:
+            self.packed = _packed(weight)
+            yield
+        finally:
+            self.packed = packed
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    if not packs(weight.device, weight.dtype):
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether frozen matrices there keep a second copy of their weights."""
+    """Return whether frozen matrices there are packed."""
     return (
         device.type == "cpu"
         and dtype == torch.float32

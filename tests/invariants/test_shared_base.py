@@ -113,6 +113,24 @@ def test_using_a_role_ends_where_it_began(world):
     assert trainable() == before
 
 
+def test_decoding_has_the_role_folded_in_and_leaves_the_base_as_it_was(world):
+    """To rounding within, and to the bit afterwards, also without an adapter or when an exception ends the block."""
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+
+    def states(role):
+        with torch.no_grad(), shared.using(role):
+            return shared.trunk(input_ids=rollout.ids).last_hidden_state
+
+    before = {role: states(role) for role in ("policy", "reward", models.BASE)}
+    for role, expected in before.items():
+        with torch.no_grad(), pytest.raises(KeyError), shared.decoding(role):
+            within = shared.trunk(input_ids=rollout.ids).last_hidden_state
+            raise KeyError
+        torch.testing.assert_close(within, expected, rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(states(other), there) for other, there in before.items())
+
+
 def test_padding_and_batch_mates_do_not_change_log_probabilities(world):
     """A completion has the same log-probabilities alone, in a batch, and with more padding on either side.
 

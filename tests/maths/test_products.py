@@ -57,6 +57,28 @@ def test_what_comes_out_for_a_row_does_not_depend_on_the_others():
         assert torch.equal(frozen.times(x[:rows]), whole[:rows])
 
 
+def test_the_packed_copy_is_enough():
+    """The weight that comes out of it, and the gradient, are those from before, to the bit."""
+    weight, offset = matrix(130, 257, True)
+    frozen, x, upstream = FrozenMatrix(weight, offset), torch.randn(9, 257, requires_grad=True), torch.randn(9, 130)
+    before = torch.autograd.grad(frozen(x), x, upstream)[0]
+    frozen.keep_packed_alone()
+    assert torch.equal(frozen.weight, weight)
+    assert torch.equal(torch.autograd.grad(frozen(x), x, upstream)[0], before)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 CPUs have the packed layout")
+def test_another_weight_takes_the_place_for_a_block():
+    """And no longer, whatever ends the block."""
+    weight, offset = matrix(24, 16, True)
+    frozen, x, other = FrozenMatrix(weight, offset), torch.randn(5, 16), torch.randn(24, 16)
+    before = frozen.times(x)
+    with pytest.raises(KeyError), frozen.instead(other):
+        torch.testing.assert_close(frozen.times(x), x @ other.t() + offset)
+        raise KeyError
+    assert torch.equal(frozen.times(x), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions_are_not_packed(dtype):
     """They take the plain product, which is exact."""

@@ -13,6 +13,7 @@ from rlhf_kit.maths.products import FrozenMatrix, packs
 from rlhf_kit.recipe import load_recipe
 from rlhf_kit.rehearsal import Machine, rehearsing
 from tests.end_to_end import chain
+from tests.invariants import roles
 
 MACHINE = Machine(flops_per_second=1e11, bytes_per_second=1e10, seconds_per_operation=5e-6)
 CPU = torch.device("cpu")
@@ -95,21 +96,29 @@ def test_weights_take_what_they_take_when_loaded(tmp_path, quantization):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["none", "8bit"])
-def test_a_shared_base_holds_the_second_copies_that_are_told(tmp_path, quantization, dtype):
-    """Of linear layers that are not quantised and of the output head, where such copies are made."""
+def test_a_shared_base_holds_the_copies_that_are_told(tmp_path, quantization, dtype):
+    """Of the output head, and of linear layers that are not quantised while it samples, where such copies are made."""
     recipe = load_recipe(chain.write_chain(tmp_path, base={"quantization": quantization, "dtype": dtype}))
     there = passes.Passes(recipe, CPU)
-    model = models.load_base(recipe.base, load_text_format(recipe.base), Accelerator(cpu=True))
-    shared = models.SharedBase(model, recipe.base)
-    layers = [layer.forward for layer in shared.trunk.modules() if isinstance(layer.forward, FrozenMatrix)]
-    held = [matrix.weight.nbytes for matrix in (*layers, *shared.output_head.blocks) if matrix.packed is not None]
-    assert there.packed_bytes == sum(held)
-    assert bool(held) == packs(CPU, getattr(torch, dtype))
+    text_format = load_text_format(recipe.base)
+    shared = models.SharedBase(models.load_base(recipe.base, text_format, Accelerator(cpu=True)), recipe.base)
+    there_packed = [block.weight.nbytes for block in shared.output_head.blocks if block.packed is not None]
+    assert there.copied_bytes == sum(there_packed)
+    assert bool(there_packed) == packs(CPU, getattr(torch, dtype))
+
+    roles.write_adapters(tmp_path, recipe.base, text_format)
+    shared.add("policy", tmp_path / "sft")
+    matrices = [layer.forward for layer in shared.trunk.modules() if isinstance(layer.forward, FrozenMatrix)]
+    before = [matrix.packed for matrix in matrices]
+    with shared.decoding("policy"):
+        others = [m.weight.nbytes for m, packed in zip(matrices, before, strict=True) if m.packed is not packed]
+    assert there.folded_bytes == sum(others)
+    assert bool(others) == (bool(there_packed) and quantization == "none")
 
 
 def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch):
     """What is alive at most in a rehearsal is what is alive when the same pass is computed on a CPU."""
-    monkeypatch.setattr("rlhf_kit.models.packs", lambda *_: False)  # of packed weights nobody can ask the size
+    monkeypatch.setattr("rlhf_kit.layers.packs", lambda *_: False)  # of packed weights nobody can ask the size
     monkeypatch.setattr("rlhf_kit.maths.products.packs", lambda *_: False)
     recipe = load_recipe(chain.write_chain(tmp_path))
     there = passes.Passes(recipe, CPU)

@@ -1,0 +1,183 @@
+"""How the layers of a frozen base with adapters compute what they compute: in fewer passes over memory, and with less
+kept for the way back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rlhf_kit.maths.products import FrozenMatrix, packs
+
+# ---------------------------------------------------------------- frozen weights
+
+
+def multiply_packed(causal: nn.Module, trunk: nn.Module) -> None:
+    """Let those linear layers of a frozen model's trunk that gain by it multiply as `FrozenMatrix` does.
+
+    Their weights are then in it alone; a layer's own is NaN, of the same shape. What is left of the model is copied out
+    of the file that it was loaded from, which takes as much memory as all weights while any of them is there.
+    """
+    others = {id(parameter): parameter for parameter in causal.parameters()}
+    packed = False
+    for layer in trunk.modules():
+        done = isinstance(layer.forward, FrozenMatrix)
+        if isinstance(layer, nn.Linear) and not done and packs(layer.weight.device, layer.weight.dtype):
+            matrix, weight = FrozenMatrix(layer.weight, layer.bias), others.pop(id(layer.weight), layer.weight)
+            matrix.keep_packed_alone()
+            setattr(layer, "forward", matrix)  # noqa: B010  (to mypy it is a method)
+            layer.weight = nn.Parameter(weight.new_tensor(math.nan).expand_as(weight), requires_grad=False)
+            packed = True
+    for parameter in others.values() if packed else ():
+        parameter.data = parameter.data.clone()
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def adapt_in_few_passes(layers: Iterable[nn.Module], role: str) -> None:
+    """Give those layers that have a linear adapter of a role the forward pass of `_adapted`."""
+    for layer in layers:
+        if _is_linear(layer, role):
+            setattr(layer, "forward", types.MethodType(_adapted, layer))  # noqa: B010
+
+
+def _is_linear(layer: nn.Module, role: str) -> bool:
+    return isinstance(layer, LoraLayer) and role in layer.lora_A and isinstance(layer.lora_A[role], nn.Linear)
+
+
+def _adapted(self: LoraLayer, x: Tensor) -> Tensor:
+    """The forward pass of a linear layer with the active role's adapter: W x + scaling B A x.
+
+    What PEFT computes, in fewer passes over memory; they are most of the time that an adapter costs on a CPU.
+    """
+    (role,) = self.active_adapters
+    if self.disable_adapters or role not in self.lora_A:  # roles may adapt different layers
+        return self.base_layer(x)
+    rows = x.flatten(0, -2)
+    result = self.base_layer(rows)
+    down, up = self.lora_A[role].weight, self.lora_B[role].weight
+    total = _PlusLowRank.apply(result.to(down.dtype), rows, down, up, self.scaling[role])
+    return total.to(result.dtype).unflatten(0, x.shape[:-1])
+
+
+class _PlusLowRank(torch.autograd.Function):
+    """y + scaling x A^T B^T, written over y [n, O], of x [n, I], A [r, I] and B [O, r].
+
+    It is computed in the precision of y, A and B; x is kept in its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+        low = x.to(down.dtype) @ down.t()
+        ctx.save_for_backward(x, low, down, up)
+        ctx.scaling = scaling
+        ctx.mark_dirty(y)
+        return y.addmm_(low, up.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, down, up = ctx.saved_tensors
+        (slope,) = upstream
+        d_low = (slope @ up).mul_(ctx.scaling)
+        _, for_x, for_down, for_up, _ = ctx.needs_input_grad
+        d_x = (d_low @ down).to(x.dtype) if for_x else None
+        d_down = d_low.t() @ x.to(down.dtype) if for_down else None
+        d_up = (slope.t() @ low).mul_(ctx.scaling) if for_up else None
+        return slope, d_x, d_down, d_up, None
+
+
+@contextmanager
+def folded(layers: Iterable[LoraLayer], role: str) -> Iterator[bool]:
+    """Within the block, the packed weights of `layers` are those with a role's adapter in them, W + scaling B A.
+
+    Yields whether they are: all of the role's adapter, or nothing.
+    """
+    own = [layer for layer in layers if role in (*layer.lora_A, *layer.lora_embedding_A)]
+    with ExitStack() as changed:
+        exact = all(_is_linear(layer, role) and _is_packed(layer.base_layer) for layer in own)
+        for layer in own if exact else []:
+            down, up = layer.lora_A[role].weight.detach(), layer.lora_B[role].weight.detach()
+            matrix = layer.base_layer.forward
+            changed.enter_context(matrix.instead(torch.addmm(matrix.weight, up, down, alpha=layer.scaling[role])))
+        yield exact
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    return isinstance(layer.forward, FrozenMatrix) and layer.forward.packed is not None
+
+
+# ---------------------------------------------------------------- gated feed-forward blocks
+
+
+def keep_less(trunk: nn.Module, dtype: torch.dtype) -> None:
+    """Give the gated feed-forward blocks of a trunk, Llama's and those like it, the forward pass of `_gated`."""
+    for block in trunk.modules():
+        if _is_gated(block, dtype):
+            setattr(block, "forward", types.MethodType(_gated, block))  # noqa: B010
+
+
+@torch.no_grad()
+def _is_gated(block: Any, dtype: torch.dtype) -> bool:
+    """Return whether a block has the parts of a gated one and, where there are numbers, computes what `_gated` does."""
+    if not all(hasattr(block, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return False
+    width = getattr(block.gate_proj, "in_features", None)
+    if width is None or len(inspect.signature(block.forward).parameters) != 1:
+        return False
+    x = torch.linspace(-2, 2, 3 * width, device=block.gate_proj.weight.device, dtype=dtype).view(3, width)
+    return x.is_meta or torch.equal(block(x), _gated(block, x))
+
+
+def _gated(self: Any, x: Tensor) -> Tensor:
+    """The forward pass down(act(gate x) * up x), of which only gate x and up x are kept for the way back."""
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if not torch.is_grad_enabled():
+        return self.down_proj(self.act_fn(gate) * up)
+    hidden = _Gated.apply(gate, up, self.act_fn)
+    gate, up = gate.detach(), up.detach()
+    with _made_again(hidden, lambda: self.act_fn(gate) * up):
+        return self.down_proj(hidden)
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up, of which gate and up are kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            acted = ctx.act(gate)
+        (d_gate,) = torch.autograd.grad(acted, gate, upstream[0] * up)
+        return d_gate, upstream[0] * acted.detach(), None
+
+
+@contextmanager
+def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Within the block, what would be kept of a tensor for the way back is made again there."""
+    there = weakref.ref(tensor)  # a graph keeps its hooks, and with them what they hold
+
+    def kept(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if saved is there() or saved._base is there() else saved
+
+    def given_back(kept: Tensor | torch.Size) -> Tensor:
+        return make().view(kept) if isinstance(kept, torch.Size) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, given_back):
+        yield
