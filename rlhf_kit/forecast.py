@@ -221,8 +221,8 @@ class _Stages:
         """What it takes to learn from rows one by one."""
         steps, pieces = optimizer_steps(lengths.rows, stage), math.ceil(stage.batch_size / stage.microbatch)
         size = min(stage.microbatch, stage.batch_size)
-        learn = self.passes.learn(size, lengths.typical, predicted.typical, checkpointed=self.checkpointed)
-        most = self.passes.learn(size, lengths.longest, predicted.longest, checkpointed=self.checkpointed)
+        learn = self.passes.learn(size, lengths.typical, predicted.typical, stock=True, checkpointed=self.checkpointed)
+        most = self.passes.learn(size, lengths.longest, predicted.longest, stock=True, checkpointed=self.checkpointed)
         return self._need(steps, steps * pieces * learn.seconds, 1, 0, most.bytes, 0)
 
     def _reward(self, stage: RewardStage) -> Need:
@@ -259,9 +259,9 @@ class _Stages:
         size = max(1, min(budget // rows.typical, round(tokens / rows.mean)))
         at_once = max(1, min(budget // rows.longest, round(tokens / rows.mean)))
         predicted = (answers.typical, answers.longest) if logprobs else (0, 0)
-        learn = self.passes.learn(size, rows.typical, predicted[0], checkpointed=self.checkpointed)
+        learn = self.passes.learn(size, rows.typical, predicted[0], stock=True, checkpointed=self.checkpointed)
         read = self.passes.read(size, rows.typical, predicted[0])
-        most = self.passes.learn(at_once, rows.longest, predicted[1], checkpointed=self.checkpointed)
+        most = self.passes.learn(at_once, rows.longest, predicted[1], stock=True, checkpointed=self.checkpointed)
         pieces = tokens / (size * rows.typical)
         seconds = steps * pieces * (learn.seconds + reads * read.seconds)
         return self._need(steps, seconds, 1, 2 if reads else 0, most.bytes, 0), rows

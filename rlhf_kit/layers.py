@@ -4,18 +4,21 @@ kept for the way back.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from rlhf_kit import recipe
 from rlhf_kit.maths.products import FrozenMatrix, packs
 
 # ---------------------------------------------------------------- frozen weights
@@ -24,21 +27,26 @@ from rlhf_kit.maths.products import FrozenMatrix, packs
 def multiply_packed(causal: nn.Module, trunk: nn.Module) -> None:
     """Let those linear layers of a frozen model's trunk that gain by it multiply as `FrozenMatrix` does.
 
-    Their weights are then in it alone; a layer's own is NaN, of the same shape. What is left of the model is copied out
-    of the file that it was loaded from, which takes as much memory as all weights while any of them is there.
+    Their weights are then in it alone; what a layer shows is NaN, in the same shape. Parameters that stay as they are
+    get memory of their own: one that is a piece of the mapped checkpoint keeps all of that file in memory.
     """
+    gaining = [
+        layer for layer in trunk.modules() if gains_packed(layer) and packs(layer.weight.device, layer.weight.dtype)
+    ]
     others = {id(parameter): parameter for parameter in causal.parameters()}
-    packed = False
-    for layer in trunk.modules():
-        done = isinstance(layer.forward, FrozenMatrix)
-        if isinstance(layer, nn.Linear) and not done and packs(layer.weight.device, layer.weight.dtype):
-            matrix, weight = FrozenMatrix(layer.weight, layer.bias), others.pop(id(layer.weight), layer.weight)
-            matrix.keep_packed_alone()
-            setattr(layer, "forward", matrix)  # noqa: B010  (to mypy it is a method)
-            layer.weight = nn.Parameter(weight.new_tensor(math.nan).expand_as(weight), requires_grad=False)
-            packed = True
-    for parameter in others.values() if packed else ():
+    for layer in gaining:
+        others.pop(id(layer.weight), None)
+        weight, matrix = layer.weight, FrozenMatrix(layer.weight, layer.bias)
+        matrix.keep_packed_alone()
+        setattr(layer, "forward", matrix)  # noqa: B010  (to mypy it is a method)
+        layer.weight = nn.Parameter(weight.new_tensor(math.nan).expand_as(weight), requires_grad=False)
+    for parameter in others.values() if gaining else ():
         parameter.data = parameter.data.clone()
+
+
+def gains_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether a layer is a linear one that only multiplies, and has not been packed; kinds of it do more."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer)
 
 
 # ---------------------------------------------------------------- adapters
@@ -85,6 +93,7 @@ class _PlusLowRank(torch.autograd.Function):
         return y.addmm_(low, up.t(), alpha=scaling)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, low, down, up = ctx.saved_tensors
         (slope,) = upstream
@@ -98,18 +107,18 @@ class _PlusLowRank(torch.autograd.Function):
 
 @contextmanager
 def folded(layers: Iterable[LoraLayer], role: str) -> Iterator[bool]:
-    """Within the block, the packed weights of `layers` are those with a role's adapter in them, W + scaling B A.
+    """Within the block, the products of packed `layers` are with W + scaling B A, a role's adapter in them.
 
-    Yields whether they are: all of the role's adapter, or nothing.
+    Yields whether they are: all that the role adapts, or none. Other roles cannot be used within.
     """
     own = [layer for layer in layers if role in (*layer.lora_A, *layer.lora_embedding_A)]
+    foldable = all(_is_linear(layer, role) and _is_packed(layer.base_layer) for layer in own)
     with ExitStack() as changed:
-        exact = all(_is_linear(layer, role) and _is_packed(layer.base_layer) for layer in own)
-        for layer in own if exact else []:
+        for layer in own if foldable else ():
             down, up = layer.lora_A[role].weight.detach(), layer.lora_B[role].weight.detach()
             matrix = layer.base_layer.forward
             changed.enter_context(matrix.instead(torch.addmm(matrix.weight, up, down, alpha=layer.scaling[role])))
-        yield exact
+        yield foldable
 
 
 def _is_packed(layer: nn.Module) -> bool:
@@ -119,31 +128,42 @@ def _is_packed(layer: nn.Module) -> bool:
 # ---------------------------------------------------------------- gated feed-forward blocks
 
 
-def keep_less(trunk: nn.Module, dtype: torch.dtype) -> None:
+def keep_less(trunk: nn.Module, base: recipe.Base) -> None:
     """Give the gated feed-forward blocks of a trunk, Llama's and those like it, the forward pass of `_gated`."""
+    some = next(trunk.parameters())
     for block in trunk.modules():
-        if _is_gated(block, dtype):
-            setattr(block, "forward", types.MethodType(_gated, block))  # noqa: B010
+        if _is_gated(block, some.device, getattr(torch, base.dtype)):
+            again = base.quantization != "8bit"  # bitsandbytes keeps the input of its 8-bit layers itself
+            setattr(block, "forward", functools.partial(_gated, block, product_again=again))  # noqa: B010
 
 
 @torch.no_grad()
-def _is_gated(block: Any, dtype: torch.dtype) -> bool:
-    """Return whether a block has the parts of a gated one and, where there are numbers, computes what `_gated` does."""
+def _is_gated(block: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a block has the parts of a gated one and, where there are numbers, computes what `_gated` does.
+
+    The numbers are small and large ones, for there are blocks that cut off large ones.
+    """
     if not all(hasattr(block, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return False
     width = getattr(block.gate_proj, "in_features", None)
     if width is None or len(inspect.signature(block.forward).parameters) != 1:
         return False
-    x = torch.linspace(-2, 2, 3 * width, device=block.gate_proj.weight.device, dtype=dtype).view(3, width)
-    return x.is_meta or torch.equal(block(x), _gated(block, x))
+    scales = torch.tensor([[1.0], [30.0], [1000.0]], device=device, dtype=dtype)
+    x = scales * torch.linspace(-2, 2, 3 * width, device=device, dtype=dtype).view(3, width)
+    return x.is_meta or torch.allclose(block(x), _gated(block, x), rtol=0, atol=0, equal_nan=True)
 
 
-def _gated(self: Any, x: Tensor) -> Tensor:
-    """The forward pass down(act(gate x) * up x), of which only gate x and up x are kept for the way back."""
+def _gated(self: Any, x: Tensor, *, product_again: bool = True) -> Tensor:
+    """The forward pass down(act(gate x) * up x), of which only gate x and up x are kept for the way back.
+
+    product_again: their product is made again there for who would keep it.
+    """
     gate, up = self.gate_proj(x), self.up_proj(x)
     if not torch.is_grad_enabled():
         return self.down_proj(self.act_fn(gate) * up)
     hidden = _Gated.apply(gate, up, self.act_fn)
+    if not product_again:
+        return self.down_proj(hidden)
     gate, up = gate.detach(), up.detach()
     with _made_again(hidden, lambda: self.act_fn(gate) * up):
         return self.down_proj(hidden)
@@ -159,6 +179,7 @@ class _Gated(torch.autograd.Function):
         return act(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
@@ -174,7 +195,9 @@ def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     there = weakref.ref(tensor)  # a graph keeps its hooks, and with them what they hold
 
     def kept(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved is there() or saved._base is there() else saved
+        whole = there()
+        same = whole is not None and (saved is whole or saved._base is whole) and saved.numel() == whole.numel()
+        return saved.shape if same and saved.is_contiguous() else saved
 
     def given_back(kept: Tensor | torch.Size) -> Tensor:
         return make().view(kept) if isinstance(kept, torch.Size) else kept

@@ -481,9 +481,10 @@ class SharedBase:
         self._trainable: dict[str, dict[str, nn.Parameter]] = {}
         self._active = BASE
         self._takes_positions = takes_positions(self.trunk)
+        before = probe_logits(causal)
         layers.multiply_packed(causal, self.trunk)
-        layers.keep_less(self.trunk, getattr(torch, base.dtype))
-        self.output_head = output_head(causal)
+        layers.keep_less(self.trunk, base)
+        self.output_head = output_head(causal, before)
         """The base's own, which no role changes."""
 
     @property
@@ -553,8 +554,9 @@ class SharedBase:
 
     @contextmanager
     def decoding(self, role: str) -> Iterator[None]:
-        """Run the block, which makes few tokens at a time, as `using` does: with the adapter folded into packed weights
-        where there are such.
+        """Run the block, which makes few tokens at a time, with the adapter of `role` and no other in the meantime.
+
+        It is folded into packed weights where there are such.
         """
         with layers.folded(self._layers, role) as folded, self.using(BASE if folded else role):
             yield
@@ -590,21 +592,31 @@ def takes_positions(trunk: nn.Module) -> bool:
     return "position_ids" in inspect.signature(trunk.forward).parameters
 
 
-def output_head(causal: PreTrainedModel) -> OutputHead:
+def probe_logits(causal: PreTrainedModel) -> Tensor:
+    """Return the logits [T, V] that a causal model gives a few tokens."""
+    with torch.no_grad():
+        return causal(input_ids=_probe(causal), use_cache=False).logits[0]
+
+
+def _probe(causal: PreTrainedModel) -> Tensor:
+    return torch.arange(8, device=causal.device).unsqueeze(0) % causal.config.get_text_config().vocab_size
+
+
+def output_head(causal: PreTrainedModel, probed: Tensor) -> OutputHead:
     """Return what makes logits [..., V] of a causal model's last hidden states [..., H].
 
+    probed: what the model gave as `probe_logits`, before anything was done to how its layers compute.
+
     Raises:
-        InputError: they are more than a plain linear output head and a known adjustment.
+        InputError: the logits are more than the trunk's, a plain linear output head and a known adjustment.
     """
-    ids = torch.arange(8, device=causal.device).unsqueeze(0) % causal.config.get_text_config().vocab_size
     layer = causal.get_output_embeddings()
     if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
         head = plain_head(causal, layer)
         with torch.no_grad():
-            whole = causal(input_ids=ids, use_cache=False).logits[0]
             trunk = getattr(causal, causal.base_model_prefix)
-            ours = head(trunk(input_ids=ids, use_cache=False).last_hidden_state[0])
-        if torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
+            ours = head(trunk(input_ids=_probe(causal), use_cache=False).last_hidden_state[0])
+        if torch.allclose(probed, ours, rtol=1e-3, atol=1e-3):
             return head
     raise InputError(
         f"base.model: {type(causal).__name__} makes its logits in a way this version does not know, so it would train "

@@ -13,14 +13,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kit import models
 from rlhf_kit.errors import InputError, first_line
-from rlhf_kit.layers import adapt_in_few_passes, keep_less
+from rlhf_kit.layers import adapt_in_few_passes, gains_packed, keep_less
 from rlhf_kit.maths.logprobs import inverse_cdf, tempered, token_logprobs
 from rlhf_kit.maths.products import packs
 from rlhf_kit.recipe import Recipe
@@ -51,19 +52,19 @@ class Passes:
         self.head = models.plain_head(causal, causal.get_output_embeddings())
         layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
         self.bytes = self._bytes_of_base(causal, layers)
-        keep_less(self.trunk, getattr(torch, recipe.base.dtype))
-        with torch.device("meta"):
-            try:
-                self.adapted = get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()
-            except ValueError as error:
-                raise InputError(f"adapter.target_modules: {first_line(error)}") from error
+        keep_less(self.trunk, recipe.base)
+        self.adapted = _with_adapter(causal, recipe)
         adapt_in_few_passes(causal.modules(), "default")
+        stock = models.without_weights(recipe.base)
+        self.stock_trunk: nn.Module = getattr(stock, stock.base_model_prefix)
+        """As the stock trainers have it."""
+        _with_adapter(stock, recipe)
         lora = (parameter.numel() for name, parameter in self.adapted.named_parameters() if ".lora_" in name)
         self.adapter_bytes = FLOAT * sum(lora)
         self.copied_bytes = self.folded_bytes = 0
         if packs(device, getattr(torch, recipe.base.dtype)):
             own = [layer.base_layer for layer in self.trunk.modules() if isinstance(layer, LoraLayer)]
-            plain = recipe.base.quantization == "none" and all(isinstance(layer, nn.Linear) for layer in own)
+            plain = recipe.base.quantization == "none" and all(map(gains_packed, own))
             self.copied_bytes = self.head.weight.nbytes  # a shared base has it packed too
             self.folded_bytes = sum(layer.weight.nbytes for layer in own if plain)  # and these while it samples
         inputs, outputs = max(map(_ends, layers), key=math.prod)
@@ -82,15 +83,18 @@ class Passes:
             return others + weights + FLOAT * outputs  # a scale for each output
         return others + weights * 9 // 16  # half a byte, and a float32 for 64 weights
 
-    def _states(self, rows: int, tokens: int, past: Any = None, before: int = 0, *, keep: bool = False) -> Any:
+    def _states(
+        self, rows: int, tokens: int, past: Any = None, before: int = 0, *, keep: bool = False, stock: bool = False
+    ) -> Any:
         """What the trunk makes of [rows, tokens]. past: keys and values of the `before` tokens that came before.
-        keep: it is to return such.
+        keep: it is to return such. stock: it is that of the stock trainers.
         """
         ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
         mask = torch.ones(rows, 1, tokens, before + tokens, dtype=torch.bool, device="meta")
         positions = {"position_ids": ids} if self.takes_positions else {}
         use_cache = keep or past is not None
-        return self.trunk(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=use_cache, **positions)
+        trunk = self.stock_trunk if stock else self.trunk
+        return trunk(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=use_cache, **positions)
 
     def _logprobs(self, states: Tensor, predicted: int) -> Tensor:
         """Log-probabilities of the last `predicted` tokens of each row."""
@@ -107,10 +111,14 @@ class Passes:
                 self._logprobs(states, predicted)
         return Pass(seen.seconds, seen.peak)
 
-    def _learn(self, rows: int, tokens: int, predicted: int = 0, *, checkpointed: bool = False) -> Pass:
-        """The same and the way back. checkpointed: layers are computed again on the way back, and keep their inputs."""
+    def _learn(
+        self, rows: int, tokens: int, predicted: int = 0, *, stock: bool = False, checkpointed: bool = False
+    ) -> Pass:
+        """The same and the way back. stock: in a stock trainer. checkpointed: layers keep their inputs alone and are
+        computed again on the way back.
+        """
         with rehearsing(self.machine) as seen:
-            states = self._states(rows, tokens).last_hidden_state
+            states = self._states(rows, tokens, stock=stock).last_hidden_state
             (self._logprobs(states, predicted) if predicted else states).sum().backward()
         if not checkpointed:
             return Pass(seen.seconds, seen.peak)
@@ -138,6 +146,14 @@ class Passes:
             reading.seconds + new * (seen.seconds - before) + 4 * self.folded_bytes / self.machine.bytes_per_second
         )
         return Pass(seconds, self.folded_bytes + max(reading.peak, at_the_end))
+
+
+def _with_adapter(causal: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    with torch.device("meta"):
+        try:
+            return get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()
+        except ValueError as error:
+            raise InputError(f"adapter.target_modules: {first_line(error)}") from error
 
 
 def _ends(layer: nn.Module) -> tuple[int, int]:

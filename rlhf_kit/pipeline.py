@@ -54,7 +54,7 @@ from rlhf_kit.errors import InputError, Interrupted, NotPushed, RequirementMisse
 from rlhf_kit.examples import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
 from rlhf_kit.foreign import Foreign
-from rlhf_kit.memory import keep_freed_memory
+from rlhf_kit.memory import keep_freed_memory, return_freed_memory
 from rlhf_kit.metrics import say
 from rlhf_kit.recipe import (
     Cards,
@@ -435,6 +435,7 @@ class Pipeline:
         _on_main(self.accelerator, lambda: self._finish(job, outcome, made_from, seconds, int(peak)))
         say(f"{name}: finished in {metrics.duration(seconds)}")
         gc.collect()  # the trainers' cycles hold the base; the next stage loads its own
+        return_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ROWS = 128
 """How many rows of numbers a layout is chosen for; it is the same one for all but a single row."""
@@ -26,7 +27,7 @@ class FrozenMatrix:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [O, I], which is not to change from here on. bias: [O]."""
         self.bias = None if bias is None else bias.detach()
-        self.packed = _packed(weight.detach())
+        self.packed = self.multiplied_by = _packed(weight.detach())
         self._plain: Tensor | None = weight.detach()
 
     @property
@@ -48,19 +49,19 @@ class FrozenMatrix:
 
     def times(self, x: Tensor) -> Tensor:
         """The same without a gradient."""
-        if self.packed is None:
+        if self.multiplied_by is None:
             return torch.nn.functional.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.multiplied_by, self.bias, "none", [], "")
 
     @contextmanager
     def instead(self, weight: Tensor) -> Iterator[None]:
-        """Within the block, products without gradients are with another weight [O, I], if W is packed."""
-        packed = self.packed
+        """Within the block, the products of a packed W are with another weight [O, I]; gradients stay W's own."""
+        before, packed = self.multiplied_by, _packed(weight)
+        self.multiplied_by = packed
         try:
-            self.packed = _packed(weight)
             yield
         finally:
-            self.packed = packed
+            self.multiplied_by = before
 
 
 def _packed(weight: Tensor) -> Tensor | None:
@@ -86,5 +87,6 @@ class _Product(torch.autograd.Function):
         return matrix.times(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         return upstream[0] @ ctx.matrix.weight, None

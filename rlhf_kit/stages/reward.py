@@ -64,6 +64,7 @@ from rlhf_kit.models import (
     load_base,
     open_adapter,
     output_head,
+    probe_logits,
     save_adapter,
     scores_and_states,
     sequence_scores,
@@ -212,7 +213,7 @@ def new_reward_model(job: Job, name: str) -> tuple[PeftModel, OutputHead | None]
     assert isinstance(settings, RewardStage)
     causal = load_base(base, job.text_format, job.accelerator)
     without_dropout(causal)
-    head = output_head(causal) if settings.lm_coef else None
+    head = output_head(causal, probe_logits(causal)) if settings.lm_coef else None
     model = add_adapter(
         classifier(causal),
         job.recipe.adapter,

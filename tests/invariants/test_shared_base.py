@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from rlhf_kit import artifacts, models, recipe
 from rlhf_kit.collate import left_pad, load_text_format
 from rlhf_kit.errors import InputError
 from rlhf_kit.generation import uniforms
 from rlhf_kit.maths.logprobs import sample_inverse_cdf
+from rlhf_kit.maths.products import FrozenMatrix
 from rlhf_kit.rollout import completion_logprobs, completion_states
 from rlhf_kit.scorers import AdapterScorer, Written
 from tests import tiny
@@ -76,20 +77,55 @@ def test_a_roles_loss_reaches_that_roles_parameters_only(world):
 
 
 def test_adapted_layers_compute_what_pefts_do(world):
-    """For every layer and role, and for the base without one; values and gradients."""
+    """For every layer and role, and for the base without one; values, and gradients of input and adapter."""
     shared, _ = world
     torch.manual_seed(0)
     for layer in shared._layers:
         x = torch.randn(2, 3, layer.in_features)
+        adapter = [layer.lora_A["policy"].weight, layer.lora_B["policy"].weight]
         for role in ("policy", "reward", models.BASE):
             with shared.using(role):
                 results = []
                 for forward in (layer.forward, functools.partial(type(layer).forward, layer)):
                     inputs = x.clone().requires_grad_()
                     out = forward(inputs)
-                    out.square().sum().backward()
-                    results.append((out.detach(), inputs.grad))
+                    learning = [inputs, *adapter] if role == "policy" else [inputs]
+                    results.append((out.detach(), *torch.autograd.grad(out.square().sum(), learning)))
             torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradients_on_the_shared_base_are_pefts(tmp_path, family, dtype):
+    """Of the whole model, in both precisions, and where linear layers lie the other way round."""
+    base = roles.base_settings(tiny.make_checkpoint(tmp_path / "model"), "none", dtype)
+    if family == "gpt2":
+        torch.manual_seed(0)
+        shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.1}
+        size = len(load_text_format(base).tokenizer)
+        GPT2LMHeadModel(GPT2Config(vocab_size=size, **shape)).save_pretrained(tmp_path / "model")
+    text_format = load_text_format(base)
+    accelerator = Accelerator(cpu=True)
+    plain = models.add_adapter(
+        models.load_base(base, text_format, accelerator), roles.ADAPTER, "CAUSAL_LM", init=None, seed=1, base=base
+    )
+    roles.disturb(plain, 1)
+    models.save_adapter(plain, tmp_path / "adapter", base)
+    shared = models.SharedBase(models.load_base(base, text_format, accelerator), base)
+    shared.add("policy", tmp_path / "adapter", trainable=True)
+    ids = torch.arange(2, 20).view(2, 9)
+
+    ours = shared.hidden("policy", ids, torch.ones_like(ids, dtype=torch.bool))
+    theirs = getattr(plain.base_model.model, plain.base_model.model.base_model_prefix)(ids).last_hidden_state
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    for states in (ours, theirs):
+        states.float().square().sum().backward()
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    expected = [parameter.grad for name, parameter in plain.named_parameters() if ".lora_" in name]
+    found = [parameter.grad for parameter in shared.parameters_of("policy").values()]
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
 
 
 def test_using_a_role_ends_where_it_began(world):
@@ -126,8 +162,11 @@ def test_decoding_has_the_role_folded_in_and_leaves_the_base_as_it_was(world):
     for role, expected in before.items():
         with torch.no_grad(), pytest.raises(KeyError), shared.decoding(role):
             within = shared.trunk(input_ids=rollout.ids).last_hidden_state
+            matrices = [layer.forward for layer in shared.trunk.modules() if isinstance(layer.forward, FrozenMatrix)]
+            changed = sum(matrix.multiplied_by is not matrix.packed for matrix in matrices)
             raise KeyError
         torch.testing.assert_close(within, expected, rtol=1e-4, atol=1e-4)
+        assert changed == (0 if role == models.BASE else len(matrices))
         assert all(torch.equal(states(other), there) for other, there in before.items())
 
 

@@ -109,25 +109,28 @@ def test_a_shared_base_holds_the_copies_that_are_told(tmp_path, quantization, dt
     roles.write_adapters(tmp_path, recipe.base, text_format)
     shared.add("policy", tmp_path / "sft")
     matrices = [layer.forward for layer in shared.trunk.modules() if isinstance(layer.forward, FrozenMatrix)]
-    before = [matrix.packed for matrix in matrices]
+    before = [matrix.multiplied_by for matrix in matrices]
     with shared.decoding("policy"):
-        others = [m.weight.nbytes for m, packed in zip(matrices, before, strict=True) if m.packed is not packed]
+        others = [m.weight.nbytes for m, own in zip(matrices, before, strict=True) if m.multiplied_by is not own]
     assert there.folded_bytes == sum(others)
     assert bool(others) == (bool(there_packed) and quantization == "none")
 
 
-def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch):
-    """What is alive at most in a rehearsal is what is alive when the same pass is computed on a CPU."""
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, dtype):
+    """What is alive at most in a rehearsal is what is alive when the same pass is computed on a CPU, in a stage that
+    shares a base and in one of a stock trainer.
+    """
     monkeypatch.setattr("rlhf_kit.layers.packs", lambda *_: False)  # of packed weights nobody can ask the size
     monkeypatch.setattr("rlhf_kit.maths.products.packs", lambda *_: False)
-    recipe = load_recipe(chain.write_chain(tmp_path))
+    recipe = load_recipe(chain.write_chain(tmp_path, base={"dtype": dtype}))
     there = passes.Passes(recipe, CPU)
-    rehearsed = there.learn(4, 40, 10)
+    rehearsed = there.learn(4, 40, 10, stock=stock)
 
-    model = models.load_base(recipe.base, load_text_format(recipe.base), Accelerator(cpu=True))
-    shared = models.SharedBase(model, recipe.base)
+    text_format = load_text_format(recipe.base)
     fresh = models.add_adapter(
-        models.load_base(recipe.base, load_text_format(recipe.base), Accelerator(cpu=True)),
+        models.load_base(recipe.base, text_format, Accelerator(cpu=True)),
         recipe.adapter,
         "CAUSAL_LM",
         init=None,
@@ -135,10 +138,14 @@ def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch):
         base=recipe.base,
     )
     models.save_adapter(fresh, tmp_path / "adapter", recipe.base)
+    shared = models.SharedBase(models.load_base(recipe.base, text_format, Accelerator(cpu=True)), recipe.base)
     shared.add("policy", tmp_path / "adapter", trainable=True)
     ids, mask = torch.ones(4, 40, dtype=torch.long), torch.ones(4, 40, dtype=torch.bool)
     with rehearsing(MACHINE) as seen:
-        states = shared.hidden("policy", ids, mask)
+        if stock:
+            states = fresh.base_model.model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        else:
+            states = shared.hidden("policy", ids, mask)
         hidden = states[:, -10:].flatten(0, 1)
         logprobs = passes.token_logprobs(hidden, shared.output_head, ids[:, -10:].flatten(), 1.0, 2**20)
         logprobs.sum().backward()

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_kit.layers import keep_less, multiply_packed
+from rlhf_kit import recipe
+from rlhf_kit.layers import adapt_in_few_passes, keep_less, multiply_packed
 from rlhf_kit.maths.products import packs
+from rlhf_kit.rehearsal import Machine, rehearsing
 
 
 @pytest.fixture
@@ -21,44 +24,52 @@ def llama():
     return LlamaForCausalLM(config).requires_grad_(False).eval()
 
 
+@pytest.fixture
+def adapted(llama):
+    config = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(llama, config)
+    adapt_in_few_passes(llama.modules(), "default")
+    return llama
+
+
+def base(**settings):
+    return recipe.Base(model="model", dtype="float32", **settings)
+
+
 def through(block, x):
-    """What a block makes of x, the gradient for x, and how many numbers were kept for it."""
-    kept, x = {}, x.clone().requires_grad_()
-
-    def count(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    """What a block makes of x, the bytes that are there for the way back, and the gradients."""
+    x = x.clone().requires_grad_()
+    with rehearsing(Machine(1.0, 1.0, 1.0)) as seen:
         out = block(x)
-    out.square().sum().backward()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    return out.detach(), x.grad, sum(count for place, count in kept.items() if place not in weights)
+        kept = seen.alive
+        out.square().sum().backward()
+    learning = [parameter.grad for parameter in block.parameters() if parameter.requires_grad]
+    return out.detach(), kept, [x.grad, *learning]
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
-def test_a_gated_block_is_the_same_and_keeps_less(llama, act):
-    """Nothing is kept but the two halves, not the way to their product."""
-    block = llama.model.layers[0].mlp
+def test_a_gated_block_is_the_same_and_keeps_less(adapted, act):
+    """Kept are the two halves, what the adapters made of x and the result; not the way to the product, nor itself."""
+    block = adapted.model.layers[0].mlp
     block.act_fn = {"silu": nn.SiLU(), "gelu_pytorch_tanh": nn.GELU("tanh")}[act]
     plain, x = copy.deepcopy(block), torch.randn(2, 5, 32)
-    keep_less(llama.model, torch.float32)
-    (out, slope, kept), (expected, expected_slope, kept_before) = through(block, x), through(plain, x)
+    keep_less(adapted.model, base())
+    (out, kept, slopes), (expected, kept_before, expected_slopes) = through(block, x), through(plain, x)
     assert torch.equal(out, expected)
-    torch.testing.assert_close(slope, expected_slope)
-    assert kept == 2 * 2 * 5 * 96
-    assert kept_before > kept
+    torch.testing.assert_close(slopes, expected_slopes)
+    tokens = 2 * 5
+    assert kept == 4 * tokens * (96 + 96 + 3 * 4 + 32)
+    assert kept_before == kept + 4 * tokens * (96 + 96)
 
 
-def test_the_product_is_made_again_for_weights_that_learn(llama):
-    """The input of the last layer is what its weight's gradient is made of."""
-    block = llama.model.layers[0].mlp.requires_grad_(True)
-    plain, x = copy.deepcopy(block), torch.randn(2, 5, 32)
-    keep_less(llama.model, torch.float32)
-    for one in (block, plain):
-        one(x).square().sum().backward()
-    for (name, ours), theirs in zip(block.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+def test_where_the_product_is_kept_anyway_it_is_not_made_again(adapted):
+    """bitsandbytes' 8-bit layers hold their input."""
+    block, x = adapted.model.layers[0].mlp, torch.randn(2, 5, 32)
+    plain = copy.deepcopy(block)
+    keep_less(adapted.model, base(quantization="8bit"))
+    (out, kept, slopes), (expected, kept_before, expected_slopes) = through(block, x), through(plain, x)
+    torch.testing.assert_close((out, slopes), (expected, expected_slopes))
+    assert kept_before == kept + 4 * 2 * 5 * 96
 
 
 class Scaled(nn.Module):
@@ -82,14 +93,23 @@ class Told(Scaled):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-@pytest.mark.parametrize("kind", [Scaled, Told])
+class Clamped(Scaled):
+    """The same formula for all but large numbers."""
+
+    def forward(self, x):
+        """With both halves cut off."""
+        gate, up = self.gate_proj(x).clamp(max=16), self.up_proj(x).clamp(-16, 16)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Told, Clamped])
 def test_blocks_that_compute_something_else_are_left_alone(llama, kind):
-    """Falcon's scale their halves, and some are told of more than their input."""
+    """Some scale their halves, some cut them off, and some are told of more than their input."""
     layer = llama.model.layers[0]
     layer.mlp = kind(layer.mlp)
     more, x = {"layer": 0} if kind is Told else {}, torch.randn(3, 32)
     expected = layer.mlp(x, **more)
-    keep_less(llama.model, torch.float32)
+    keep_less(llama.model, base())
     assert "forward" not in vars(layer.mlp)
     assert "forward" in vars(llama.model.layers[1].mlp)
     assert torch.equal(layer.mlp(x, **more), expected)
@@ -106,6 +126,9 @@ def test_packed_layers_hold_their_weights_once(llama):
     assert layer.weight.untyped_storage().nbytes() == 4
     assert math.isnan(layer.weight[0, 0])
     assert torch.equal(layer.forward.weight, plain.model.layers[0].mlp.up_proj.weight)
+
+    multiply_packed(llama, llama.model)
+    assert torch.equal(layer.forward.weight, plain.model.layers[0].mlp.up_proj.weight), "packed a second time"
 
     slopes = []
     for model in (llama, plain):
