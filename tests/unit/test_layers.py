@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +138,16 @@ def test_packed_layers_hold_their_weights_once(llama):
         logits.square().sum().backward()
         slopes.append((logits.detach(), embedded.grad))
     torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.skipif(not packs(torch.device("cpu"), torch.float32), reason="nothing is packed on this machine")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_a_packed_model_lets_go_of_its_file(llama, tmp_path):
+    """Its weights would be in memory twice, whoever holds a piece of the file."""
+    llama.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    file = str(tmp_path / "model.safetensors")
+    assert file in Path("/proc/self/maps").read_text()
+    multiply_packed(model, model.model)
+    assert file not in Path("/proc/self/maps").read_text()
+    assert torch.equal(model.get_input_embeddings().weight, llama.get_input_embeddings().weight)
