@@ -142,9 +142,8 @@ class Passes:
             probabilities = tempered(self.head(states[:, -1]), 1.0).softmax(-1)
             inverse_cdf(probabilities, torch.zeros(rows, device="meta"))
         at_the_end = kept * (prompt + new) / middle + 2 * probabilities.nbytes  # and the logits beside them
-        seconds = (
-            reading.seconds + new * (seen.seconds - before) + 4 * self.folded_bytes / self.machine.bytes_per_second
-        )
+        folding = 4 * self.folded_bytes / self.machine.bytes_per_second  # weights read, added to, written and packed
+        seconds = folding + reading.seconds + new * (seen.seconds - before)
         return Pass(seconds, self.folded_bytes + max(reading.peak, at_the_end))
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import platform
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_kit import recipe
 from rlhf_kit.layers import adapt_in_few_passes, keep_less, multiply_packed
-from rlhf_kit.maths.products import packs
+from rlhf_kit.maths.products import FrozenMatrix
 from rlhf_kit.rehearsal import Machine, rehearsing
+
+ON_X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 CPUs have a packed layout")
 
 
 @pytest.fixture
@@ -73,6 +77,17 @@ def test_where_the_product_is_kept_anyway_it_is_not_made_again(adapted):
     assert kept_before == kept + 4 * 2 * 5 * 96
 
 
+def test_an_adapter_keeps_its_input_in_the_precision_of_the_base(llama):
+    """And what it made of it in its own: beside these there is the result alone."""
+    up = llama.bfloat16().model.layers[0].mlp.up_proj
+    get_peft_model(llama, LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
+    adapt_in_few_passes(llama.modules(), "default")
+    layer, tokens = llama.model.layers[0].mlp.up_proj, 10
+    assert layer.base_layer is up
+    _, kept, _ = through(layer, torch.randn(tokens, 32, dtype=torch.bfloat16))
+    assert kept == tokens * (4 * 4 + 2 * 96)
+
+
 class Scaled(nn.Module):
     """The parts of a gated block, and another formula."""
 
@@ -116,7 +131,7 @@ def test_blocks_that_compute_something_else_are_left_alone(llama, kind):
     assert torch.equal(layer.mlp(x, **more), expected)
 
 
-@pytest.mark.skipif(not packs(torch.device("cpu"), torch.float32), reason="nothing is packed on this machine")
+@ON_X86
 def test_packed_layers_hold_their_weights_once(llama):
     """The model computes what it did, also backwards; what a layer shows has its shape and no numbers to use."""
     plain, ids = copy.deepcopy(llama), torch.randint(50, (2, 7))
@@ -140,8 +155,24 @@ def test_packed_layers_hold_their_weights_once(llama):
     torch.testing.assert_close(*slopes)
 
 
-@pytest.mark.skipif(not packs(torch.device("cpu"), torch.float32), reason="nothing is packed on this machine")
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+@ON_X86
+def test_kinds_of_linear_layers_that_do_more_are_not_packed(llama):
+    """They multiply with something else, or return more, and their weight stays what it is."""
+
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    mlp, x = llama.model.layers[0].mlp, torch.randn(3, 32)
+    mlp.up_proj = Doubling(32, 96, bias=False).requires_grad_(False)
+    expected = mlp.up_proj(x)
+    multiply_packed(llama, llama.model)
+    assert isinstance(mlp.gate_proj.forward, FrozenMatrix)
+    assert torch.equal(mlp.up_proj(x), expected)
+
+
+@ON_X86
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells in a file what is mapped")
 def test_a_packed_model_lets_go_of_its_file(llama, tmp_path):
     """Its weights would be in memory twice, whoever holds a piece of the file."""
     llama.save_pretrained(tmp_path)
