@@ -149,7 +149,8 @@ class Examination:
         if reward is None:
             return None
 
-        raw = self.pieces.whole(lambda size: scores_of(reward.scorer, written, size))
+        unpadded = self.shared.unpadded
+        raw = self.pieces.whole(lambda size: scores_of(reward.scorer, written, size, unpadded=unpadded))
         scores = reward.normalised(raw)
         if not all(map(math.isfinite, scores)):
             raise InputError(f"{reward.name}: a held-out completion of {role} has a score that is NaN or infinite.")

@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf_kit import artifacts, foreign, layers, recipe
+from rlhf_kit import artifacts, foreign, layers, recipe, unpadded
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.foreign import Foreign
@@ -45,6 +45,9 @@ from rlhf_kit.model_folders import ADAPTER_WEIGHTS, ModelFolder, check_adapter, 
 from rlhf_kit.settings import without_local_paths
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns in every layer of every pass
+
+SUMMATION_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+"""How far two results near 1 may be apart where only the order of summation differs (padding, batch size)."""
 
 BASE = "base"
 """The role without an adapter: the pretrained checkpoint itself. It is not the KL reference."""
@@ -482,6 +485,8 @@ class SharedBase:
         self._active = BASE
         self._takes_positions = takes_positions(self.trunk)
         before = probe_logits(causal)
+        self.unpadded = unpadded.works(causal, SUMMATION_TOLERANCE[base.dtype])
+        """Whether its passes are over real tokens alone."""
         layers.multiply_packed(causal, self.trunk)
         layers.keep_less(self.trunk, base)
         self.output_head = output_head(causal, before)
@@ -578,9 +583,15 @@ class SharedBase:
         mask: [B, T], true for real tokens; rows may be padded on both sides, positions count real tokens.
         """
         with self.using(role):
+            if self.unpadded:
+                return unpadded.states(self.causal, ids, mask)
             return self.trunk(
                 input_ids=ids, attention_mask=mask.long(), use_cache=False, **self.positions(mask)
             ).last_hidden_state
+
+    def tokens(self, mask: Tensor) -> int:
+        """Return how many tokens a pass over rows of this mask [B, T] computes."""
+        return int(mask.sum()) if self.unpadded else mask.numel()
 
     def positions(self, mask: Tensor) -> dict[str, Tensor]:
         """Return the keyword for position ids [B, T] that skip padding, or nothing where the trunk takes none."""

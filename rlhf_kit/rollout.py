@@ -47,20 +47,31 @@ def microbatches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
         yield list(rows[start : start + size])
 
 
-def of_like_length(mask: Tensor, rows: Sequence[int], size: int, beside: int = 0) -> list[list[int]]:
+def of_like_length(mask: Tensor, rows: Sequence[int], size: int, beside: int = 0, *, unpadded: bool) -> list[list[int]]:
     """Return `rows` of a mask [B, C] in the pieces that take the least time: rows of like length share one.
 
-    beside: tokens of each row that the mask does not show. A piece has no more tokens than `size` rows of full length.
+    beside: tokens of each row that the mask does not show. unpadded: passes are over real tokens alone, and so these
+    alone count. A piece has no more tokens than `size` rows of full length.
     """
     lengths = mask.sum(1).tolist()
-    pieces = forward_passes([lengths[row] + beside for row in rows], size * (mask.shape[1] + beside))
+    pieces = forward_passes([lengths[row] + beside for row in rows], size * (mask.shape[1] + beside), unpadded=unpadded)
     return [[rows[number] for number in piece] for piece in pieces]
 
 
-def scores_of(scorer: Callable[[Written], Tensor], written: Written, microbatch: int) -> Tensor:
-    """Return the raw scores [B] of completions, at most `microbatch` of them, of like length, in a pass."""
+def of_rollout(shared: SharedBase, rollout: Rollout, rows: Sequence[int], size: int) -> list[list[int]]:
+    """Return `rows` of a rollout in pieces of like length. Padded ones all have the length of the longest prompt."""
+    if shared.unpadded:
+        return of_like_length(rollout.mask, rows, size, unpadded=True)
+    return of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1], unpadded=False)
+
+
+def scores_of(scorer: Callable[[Written], Tensor], written: Written, microbatch: int, *, unpadded: bool) -> Tensor:
+    """Return the raw scores [B] of completions, at most `microbatch` of full length in a pass.
+
+    unpadded: a scorer on a shared base makes its passes over real tokens alone.
+    """
     scores = torch.zeros(len(written.texts), device=written.mask.device)
-    for rows in of_like_length(written.mask, range(len(scores)), microbatch):
+    for rows in of_like_length(written.mask, range(len(scores)), microbatch, unpadded=unpadded):
         scores[rows] = scorer(written.rows(rows))
     return scores
 
@@ -174,22 +185,20 @@ def scored_by_models(
     microbatches, for a progress bar.
     """
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
-    beside = rollout.prompt_ids.shape[1]
     later = sorted({*range(len(rollout.scores))}.difference(learnt_first))
-    first, others = (
-        of_like_length(rollout.completion_mask, rows, microbatch, beside) for rows in (learnt_first, later)
-    )
+    first, others = (of_rollout(shared, rollout, rows, microbatch) for rows in (learnt_first, later))
     room, begun = microbatch * rollout.ids.shape[1], {}
     for rows in passes([*others, *reversed(first)]):
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
         states = completion_states(shared, reference, piece)
         fill(result["reference_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
-        fits = rows in first and piece.ids.numel() <= room
+        tokens = shared.tokens(piece.mask)
+        fits = rows in first and tokens <= room
         with torch.set_grad_enabled(fits):
             made = policy_pass(shared, policy, piece, temperature)
         if fits:
             begun[tuple(rows)] = made
-            room -= piece.ids.numel()
+            room -= tokens
         fill(result["policy_logprobs"], rows, made.logprobs.detach())
         fill(result["values"], rows, value(piece, made.states))
     return result, begun

@@ -24,11 +24,8 @@ from rlhf_kit.foreign import SUMMARY_BIAS, SUMMARY_WEIGHT
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.metrics import say
 from rlhf_kit.model_folders import ADAPTER_CONFIG, SCORE_HEAD, VALUE_HEAD, opened
-from rlhf_kit.models import SharedBase, base_identity, new_head
+from rlhf_kit.models import SUMMATION_TOLERANCE, SharedBase, base_identity, new_head
 from rlhf_kit.remote_reward import SCORE_TEXTS, SCORE_TOKENS, RewardServer
-
-SUMMATION_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
-"""How far two results near 1 may be apart where only the order of summation differs (padding, batch size)."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ class Watch:
 
     def _scores(self, scorer: Scorer, unit: tuple[float, float], written: Written) -> list[float]:
         mean, std = unit
-        scores = self.microbatch.whole(lambda size: scores_of(scorer, written, size))
+        unpadded = self.shared.unpadded
+        scores = self.microbatch.whole(lambda size: scores_of(scorer, written, size, unpadded=unpadded))
         return ((scores.double() - mean) / std).tolist()
 
     def _require_finite(self, rows: Sequence[Mapping[str, Any]], done: int) -> None:

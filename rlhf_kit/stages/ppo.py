@@ -50,7 +50,7 @@ from rlhf_kit.rollout import (
     completion_states,
     fill,
     microbatches,
-    of_like_length,
+    of_rollout,
     policy_pass,
     sampled,
     scored_by_models,
@@ -489,7 +489,7 @@ class PPO:
         def scored(size: int) -> Tensor:
             self.ensemble_std = []
             try:
-                return scores_of(self._scored, written, size)
+                return scores_of(self._scored, written, size, unpadded=self.shared.unpadded)
             except NotScored as error:
                 lost.append(error)
                 return torch.zeros(0)
@@ -659,7 +659,7 @@ class PPO:
             self.gradients.start(self._learning(with_value))
             policy_sums, value_sums = (torch.zeros(n, dtype=torch.float64, device=self.shared.device) for n in (3, 2))
             largest = 0.0
-            pieces = of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1])
+            pieces = of_rollout(self.shared, rollout, rows, size)
             for piece in sorted(pieces, key=lambda piece: tuple(piece) not in begun):  # what is held makes room first
                 index = torch.tensor(piece, device=self.shared.device)
                 policy_figures, value_figures, ratio_error = self._learn_from(

@@ -20,7 +20,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"data_cards", "model_folders"},
     {"data_files", "foreign"},
     {"examples", "batches", "chat_templates"},
-    {"collate", "check", "audit", "guard", "health", "kl_doctor", "layers"},
+    {"collate", "check", "audit", "guard", "health", "kl_doctor", "layers", "unpadded"},
     {"story", "drawings"},
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces", "remote_reward"},

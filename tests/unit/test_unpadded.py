@@ -1,0 +1,122 @@
+"""A pass over real tokens alone makes the states of a padded one, on every architecture where it is made."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf_kit import recipe, unpadded
+from rlhf_kit.models import SharedBase
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 60,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 3},
+    "gemma3_text": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 3},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+}
+PADDED_AS_BEFORE = {
+    "bloom": {"n_layer": 2, "n_head": 4},  # tells positions by its mask
+    "stablelm": {},  # has an attention of its own
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # a convolution looks at the token before
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+MASK = torch.tensor(
+    [[0, 0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]
+).bool()
+IDS = torch.arange(MASK.numel()).view(MASK.shape) + 3
+
+
+def model(name, settings):
+    torch.manual_seed(0)
+    known = vars(AutoConfig.for_model(name))
+    config = AutoConfig.for_model(name, **{key: value for key, value in SMALL.items() if key in known} | settings)
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+
+
+def padded(causal, ids, mask):
+    trunk = getattr(causal, causal.base_model_prefix)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return trunk(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).last_hidden_state
+
+
+def slopes_of(embedding, states):
+    embedding.weight.grad = None
+    (states[MASK] * torch.linspace(-1, 1, states.shape[-1])).sum().backward()
+    return embedding.weight.grad
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.25, 9.0], ids=["cpu", "accelerator", "all rows together"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_states_and_gradients_are_those_of_padded_rows(name, slack, monkeypatch):
+    """Rows padded on both sides, longer than the window where there is one; with however much padding in attention."""
+    monkeypatch.setitem(unpadded.SLACK, "cpu", slack)
+    plain = model(name, ARCHITECTURES[name])
+    ours = copy.deepcopy(plain)
+    assert unpadded.works(ours, 1e-4)
+    embeddings = [causal.get_input_embeddings().requires_grad_() for causal in (ours, plain)]
+    made, expected = unpadded.states(ours, IDS, MASK), padded(plain, IDS, MASK)
+    torch.testing.assert_close(made[MASK], expected[MASK], rtol=1e-4, atol=1e-5)
+    assert not made[~MASK].any()
+    torch.testing.assert_close(*map(slopes_of, embeddings, (made, expected)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PADDED_AS_BEFORE)
+def test_where_it_is_not_the_same_passes_stay_padded(name):
+    """And the attention stays the model's own."""
+    causal = model(name, PADDED_AS_BEFORE[name])
+    before = causal.config._attn_implementation
+    assert not unpadded.works(causal, 1e-3)
+    assert causal.config._attn_implementation == before
+
+
+def test_a_shared_base_computes_real_tokens_alone():
+    causal = model("llama", {})
+    plain = copy.deepcopy(causal)
+    shared, seen = SharedBase(causal, recipe.Base(model="model", dtype="float32")), []
+    causal.model.layers[0].input_layernorm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    states = shared.hidden("base", IDS, MASK)
+    torch.testing.assert_close(states[MASK], padded(plain, IDS, MASK)[MASK], rtol=1e-4, atol=1e-5)
+    assert seen == [(1, int(MASK.sum()), 32)]
+    assert shared.tokens(MASK) == MASK.sum()
+
+
+def test_generation_reads_prompts_as_before():
+    """With keys and values kept, attention is transformers' own."""
+    causal = model("llama", {})
+    expected = padded(copy.deepcopy(causal), IDS, MASK)
+    assert unpadded.works(causal, 1e-4)
+    assert torch.equal(padded(causal, IDS, MASK)[MASK], expected[MASK])
+
+
+def groups(lengths, device):
+    return [[*group.lengths] for group in unpadded.groups_of(lengths, torch.device(device))]
+
+
+def test_attention_computes_rows_of_like_length_together():
+    """On a CPU those of one length; elsewhere, where places stand for tokens too, at most a quarter of padding."""
+    lengths = [9, 9, 8, 5, 5, 1]
+    assert groups(lengths, "cpu") == [[9, 9], [8], [5, 5], [1]]
+    assert groups(lengths, "meta") == [[9, 9, 8, 5, 5], [1]]  # 45 places for 36 tokens; with the last 54 for 37
+    assert [group.start for group in unpadded.groups_of(lengths, torch.device("cpu"))] == [0, 18, 26, 36]
