@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_kit import artifacts, foreign, layers, recipe, unpadded
 from rlhf_kit.collate import TextFormat
@@ -48,6 +49,8 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  #
 
 SUMMATION_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 """How far two results near 1 may be apart where only the order of summation differs (padding, batch size)."""
+
+TARGETS = "adapter.target_modules"
 
 BASE = "base"
 """The role without an adapter: the pretrained checkpoint itself. It is not the KL reference."""
@@ -314,16 +317,38 @@ def add_adapter(
         torch.manual_seed(seed)
         if task == "SEQ_CLS":
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-        try:
-            peft_model = get_peft_model(model, config)
-        except ValueError as error:
-            raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from error
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise InputError(
-            "adapter.target_modules: names the base's output head, which stays as it is for every role; take it out."
-        )
+        peft_model = adapted(model, config)
     if init is not None:
         _copy_lora(peft_model, "default", init, base)
+    return peft_model
+
+
+def adapted(model: PreTrainedModel, config: LoraConfig, where: str = TARGETS) -> PeftModel:
+    """Return `model` with a new adapter of a shape.
+
+    where: the setting that names its modules, for messages.
+
+    Raises:
+        InputError: one of `target_modules` is no layer that can be adapted, or the output head.
+    """
+    layers = getattr(model, model.base_model_prefix).named_modules()
+    linear = {name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
+
+    def refused(why: str) -> InputError:
+        return InputError(f"{where}: {why}; name some of {', '.join(sorted(linear))}, or all of them by all-linear.")
+
+    named = config.target_modules
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        seen = named if isinstance(named, str) else ", ".join(sorted(named or ()))
+        raise refused(f"PEFT can adapt nothing that is called {seen}") from error
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise refused("names the base's output head, which stays as it is for every role")
+    found = peft_model.base_model.targeted_module_names
+    for name in [] if named is None or isinstance(named, str) else named:
+        if not any(f".{module}".endswith(f".{name}") for module in found):
+            raise refused(f"the base has no {name!r}")
     return peft_model
 
 

@@ -13,14 +13,13 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kit import models
-from rlhf_kit.errors import InputError, first_line
 from rlhf_kit.layers import adapt_in_few_passes, gains_packed, keep_less
 from rlhf_kit.maths.logprobs import inverse_cdf, tempered, token_logprobs
 from rlhf_kit.maths.products import packs
@@ -149,10 +148,8 @@ class Passes:
 
 def _with_adapter(causal: PreTrainedModel, recipe: Recipe) -> PeftModel:
     with torch.device("meta"):
-        try:
-            return get_peft_model(causal, models.lora_config(recipe.adapter, "CAUSAL_LM")).eval()
-        except ValueError as error:
-            raise InputError(f"adapter.target_modules: {first_line(error)}") from error
+        config = models.lora_config(recipe.adapter, "CAUSAL_LM")
+        return models.adapted(causal, config, recipe.where(models.TARGETS)).eval()
 
 
 def _ends(layer: nn.Module) -> tuple[int, int]:

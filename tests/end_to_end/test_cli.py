@@ -203,6 +203,24 @@ def test_a_scorer_is_tried_before_anything_is_trained(tmp_path):
     assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("[nothing]", "PEFT can adapt nothing that is called nothing"),
+        ("[q_proj, qproj]", "the base has no 'qproj'"),
+        ("[norm]", "PEFT can adapt nothing that is called norm"),
+        ("[q_proj, lm_head]", "names the base's output head, which stays as it is for every role"),
+    ],
+)
+def test_modules_that_cannot_be_adapted(tmp_path, targets, said):
+    """One message that names those which can, before anything is written; none of several names is passed over."""
+    recipe = chain.write_chain(tmp_path)
+    result = chain.run("run", str(recipe), "--out", str(tmp_path / "run"), "--set", f"adapter.target_modules={targets}")
+    assert result.returncode == 2
+    assert f"adapter.target_modules: {said}; name some of down_proj, gate_proj," in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("stage", "longer"), [("sft", "stages.sft.max_steps=200"), ("ppo", "stages.ppo.updates=25")])
 def test_stopped_and_run_again(tmp_path, stage, longer):
     """SIGTERM ends with 75 and the command to go on; that command goes on and ends where an undisturbed run ends.
