@@ -642,7 +642,8 @@ def forward_passes(lengths: Sequence[int], budget: int | None = None, *, unpadde
     """Return rows in forward passes, longest first, that take the least time: rows of like length share one.
 
     The least is found among all ways of cutting the rows, sorted by length, into passes. A pass has at most `budget`
-    tokens, padding included; a longer row is alone. unpadded: padding is not computed, and not counted.
+    tokens, padding included; a longer row is alone. unpadded: padding is not computed and not counted, but results are laid
+    out in rows again, which have at most twice as many places.
     """
     budget = sum(lengths) * len(lengths) if budget is None else budget
     cost = pass_cost()
@@ -654,9 +655,10 @@ def forward_passes(lengths: Sequence[int], budget: int | None = None, *, unpadde
     for end in range(1, len(order) + 1):
         first = max(0, min(end - 1, end - budget // max(1, lengths[order[end - 1]])))
         rows = end - torch.arange(first, end)
-        tokens = before[end] - before[first:end] if unpadded else longest[first:end] * rows
+        places = longest[first:end] * rows
+        tokens = before[end] - before[first:end] if unpadded else places
         time = least[first:end] + tokens + cost
-        time[(tokens > budget) & (rows > 1)] = torch.inf
+        time[((tokens > budget) | (places > 2 * budget)) & (rows > 1)] = torch.inf
         least[end], cut = time.min(0)
         start[end] = first + int(cut)
     passes = []

@@ -32,7 +32,7 @@ from rlhf_kit.models import BASE, SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, PolicyStage, Recipe, RewardStage
 from rlhf_kit.rollout import sampled, scored_by_models, scores_of
-from rlhf_kit.scorers import Written, call_function, load_function, scorer_of
+from rlhf_kit.scorers import Written, call_function, load_function, scorer_of, unpadded
 
 SHOWN_PROMPTS = 3
 
@@ -149,8 +149,8 @@ class Examination:
         if reward is None:
             return None
 
-        unpadded = self.shared.unpadded
-        raw = self.pieces.whole(lambda size: scores_of(reward.scorer, written, size, unpadded=unpadded))
+        scorer = reward.scorer
+        raw = self.pieces.whole(lambda size: scores_of(scorer, written, size, unpadded=unpadded(scorer)))
         scores = reward.normalised(raw)
         if not all(map(math.isfinite, scores)):
             raise InputError(f"{reward.name}: a held-out completion of {role} has a score that is NaN or infinite.")

@@ -329,27 +329,44 @@ def adapted(model: PreTrainedModel, config: LoraConfig, where: str = TARGETS) ->
     where: the setting that names its modules, for messages.
 
     Raises:
-        InputError: one of `target_modules` is no layer that can be adapted, or the output head.
+        InputError: there is nothing to adapt by one of these names, or something that is not adapted here.
     """
-    layers = getattr(model, model.base_model_prefix).named_modules()
-    linear = {name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear | Conv1D)}
+    head = model.get_output_embeddings()
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, layer in model.base_model.named_modules()
+            if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+        }
+    )
 
     def refused(why: str) -> InputError:
-        return InputError(f"{where}: {why}; name some of {', '.join(sorted(linear))}, or all of them by all-linear.")
+        return InputError(f"{where}: {why}; name some of {', '.join(linear)}.")
 
-    named = config.target_modules
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        seen = named if isinstance(named, str) else ", ".join(sorted(named or ()))
-        raise refused(f"PEFT can adapt nothing that is called {seen}") from error
+        raise refused(f"PEFT says: {first_line(error).removesuffix('.')}") from error
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise refused("names the base's output head, which stays as it is for every role")
-    found = peft_model.base_model.targeted_module_names
-    for name in [] if named is None or isinstance(named, str) else named:
-        if not any(f".{module}".endswith(f".{name}") for module in found):
-            raise refused(f"the base has no {name!r}")
+    if experts := peft_model.base_model.targeted_parameter_names:
+        raise refused(f"names {experts[0]}, which is no layer; no role can have an adapter on it")
     return peft_model
+
+
+def check_targets(base: recipe.Base, adapter: recipe.Adapter, where: str) -> None:
+    """Try an adapter on the base without weights. where: as `adapted` takes it.
+
+    Raises:
+        InputError: as `adapted`; or one name of several is of nothing in the base.
+    """
+    model = without_weights(base)
+    with torch.device("meta"):
+        found = adapted(model, lora_config(adapter, "CAUSAL_LM"), where).base_model.targeted_module_names
+    named = [] if isinstance(adapter.target_modules, str) else adapter.target_modules
+    for name in named:
+        if not any(f".{module}".endswith(f".{name}") for module in found):
+            raise InputError(f"{where}: adapts nothing by the name {name}; take it out.")
 
 
 def lora_config(adapter: recipe.Adapter, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:

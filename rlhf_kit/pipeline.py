@@ -119,7 +119,7 @@ def run(
         raise InputError(f"--only {only}: {recipe.path} has no such stage{did_you_mean(only, recipe.stages)}")
     with repeat.explained(published):
         plan = check.plan(recipe)
-    check_adapter(recipe)
+    models.check_targets(recipe.base, recipe.adapter, recipe.where(models.TARGETS))
     unsure = check_foreign(recipe, plan.foreign)
     folder = out or Path("runs") / (published.name if published else recipe.name)
     artifacts.check_run_directory(folder)
@@ -278,17 +278,6 @@ def _unanswered(recipe: Recipe) -> Iterator[str]:
                     remote_reward.identity(scorer)
                 except InputError as error:
                     yield from (f"{recipe.where(at)}: {problem}" for problem in error.problems)
-
-
-def check_adapter(recipe: Recipe) -> None:
-    """Try on a base without weights what the adapter is to be on.
-
-    Raises:
-        InputError: the base has no such modules.
-    """
-    base = models.without_weights(recipe.base)
-    with torch.device("meta"):
-        models.adapted(base, models.lora_config(recipe.adapter, "CAUSAL_LM"), recipe.where(models.TARGETS))
 
 
 def check_foreign(recipe: Recipe, artefacts: Mapping[str, Foreign]) -> list[str]:

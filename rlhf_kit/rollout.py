@@ -68,7 +68,7 @@ def of_rollout(shared: SharedBase, rollout: Rollout, rows: Sequence[int], size: 
 def scores_of(scorer: Callable[[Written], Tensor], written: Written, microbatch: int, *, unpadded: bool) -> Tensor:
     """Return the raw scores [B] of completions, at most `microbatch` of full length in a pass.
 
-    unpadded: a scorer on a shared base makes its passes over real tokens alone.
+    unpadded: its passes are over real tokens alone.
     """
     scores = torch.zeros(len(written.texts), device=written.mask.device)
     for rows in of_like_length(written.mask, range(len(scores)), microbatch, unpadded=unpadded):

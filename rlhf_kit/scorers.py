@@ -318,6 +318,11 @@ def call_function(
     return numbers
 
 
+def unpadded(scorer: Scorer) -> bool:
+    """Return whether a scorer's passes are over real tokens alone."""
+    return isinstance(scorer, AdapterScorer) and scorer.shared.unpadded
+
+
 def score_unit(scores: Sequence[float], where: str, reward: str) -> tuple[float, float]:
     """Return mean and standard deviation of the scores of the reference policy's completions: a score's zero and unit.
 

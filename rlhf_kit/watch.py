@@ -28,7 +28,7 @@ from rlhf_kit.models import SharedBase
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Guard as GuardSettings
 from rlhf_kit.rollout import sampled, scored_by_models, scores_of
-from rlhf_kit.scorers import Scorer, Written
+from rlhf_kit.scorers import Scorer, Written, unpadded
 
 
 class Watch:
@@ -142,8 +142,7 @@ class Watch:
 
     def _scores(self, scorer: Scorer, unit: tuple[float, float], written: Written) -> list[float]:
         mean, std = unit
-        unpadded = self.shared.unpadded
-        scores = self.microbatch.whole(lambda size: scores_of(scorer, written, size, unpadded=unpadded))
+        scores = self.microbatch.whole(lambda size: scores_of(scorer, written, size, unpadded=unpadded(scorer)))
         return ((scores.double() - mean) / std).tolist()
 
     def _require_finite(self, rows: Sequence[Mapping[str, Any]], done: int) -> None:

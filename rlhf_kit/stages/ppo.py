@@ -63,6 +63,7 @@ from rlhf_kit.scorers import (
     probe_error,
     probe_limit,
     score_unit,
+    unpadded,
     value_head,
 )
 from rlhf_kit.stages import Job, Outcome
@@ -489,7 +490,7 @@ class PPO:
         def scored(size: int) -> Tensor:
             self.ensemble_std = []
             try:
-                return scores_of(self._scored, written, size, unpadded=self.shared.unpadded)
+                return scores_of(self._scored, written, size, unpadded=unpadded(self.scorer))
             except NotScored as error:
                 lost.append(error)
                 return torch.zeros(0)

@@ -10,7 +10,13 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from rlhf_kit import artifacts, models, recipe
 from rlhf_kit.collate import left_pad, load_text_format
@@ -305,6 +311,43 @@ def test_an_adapter_is_written_the_same_way_every_time(tmp_path):
     for file in sorted(path.name for path in (tmp_path / "once").iterdir()):
         contents = {(tmp_path / name / file).read_bytes() for name in ("once", "twice", "thrice")}
         assert len(contents) == 1, file
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", r".*\.(q|v)_proj", ["q_proj", "v_proj"], ["model.layers.0.self_attn.q_proj"]]
+)
+def test_what_can_be_adapted(tmp_path, targets):
+    """All linear layers, a pattern, names, and a layer's whole name."""
+    base = roles.base_settings(tiny.make_checkpoint(tmp_path / "model"), "none")
+    models.check_targets(base, recipe.Adapter(target_modules=targets), "here")
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["q_proj", "qproj"], "here: adapts nothing by the name qproj"),
+        (["q_proj", "lm_head"], "here: names the base's output head.*; name some of down_proj, gate_proj,"),
+        (["norm"], "here: PEFT says: .*RMSNorm.* is not supported.*name some of down_proj"),
+        ("nothing", "here: PEFT says: Target modules nothing not found in the base model.*name some of down_proj"),
+    ],
+)
+def test_what_cannot_be_adapted(tmp_path, targets, said):
+    """No name of several is passed over."""
+    base = roles.base_settings(tiny.make_checkpoint(tmp_path / "model"), "none")
+    with pytest.raises(InputError, match=said):
+        models.check_targets(base, recipe.Adapter(target_modules=targets), "here")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"]])
+def test_experts_cannot_be_adapted(targets):
+    """PEFT adapts them as parameters, which is not among what an adapter's folder may hold here."""
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_local_experts=2
+    )
+    with torch.device("meta"), pytest.raises(InputError, match=r"experts|gate.*no layer.*name some of k_proj, o_proj"):
+        models.adapted(
+            MixtralForCausalLM(config), models.lora_config(recipe.Adapter(target_modules=targets), "CAUSAL_LM")
+        )
 
 
 def test_an_adapter_on_the_output_head_is_refused(tmp_path):

@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
-    "mistral": {"sliding_window": 3},
+    "mistral": {"sliding_window": 6},
     "gemma3_text": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"sliding_window": 3},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
@@ -39,6 +39,7 @@ PADDED_AS_BEFORE = {
     "bloom": {"n_layer": 2, "n_head": 4},  # tells positions by its mask
     "stablelm": {},  # has an attention of its own
     "lfm2": {"layer_types": ["conv", "full_attention"]},  # a convolution looks at the token before
+    "llama": {"sliding_window": 6},  # a setting that its layers do not heed
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2},
 }
 
@@ -75,6 +76,7 @@ def test_states_and_gradients_are_those_of_padded_rows(name, slack, monkeypatch)
     plain = model(name, ARCHITECTURES[name])
     ours = copy.deepcopy(plain)
     assert unpadded.works(ours, 1e-4)
+    assert getattr(ours.config, "sliding_window", None) == getattr(plain.config, "sliding_window", None)
     embeddings = [causal.get_input_embeddings().requires_grad_() for causal in (ours, plain)]
     made, expected = unpadded.states(ours, IDS, MASK), padded(plain, IDS, MASK)
     torch.testing.assert_close(made[MASK], expected[MASK], rtol=1e-4, atol=1e-5)
@@ -89,6 +91,27 @@ def test_where_it_is_not_the_same_passes_stay_padded(name):
     before = causal.config._attn_implementation
     assert not unpadded.works(causal, 1e-3)
     assert causal.config._attn_implementation == before
+
+
+def test_a_row_may_be_all_padding():
+    causal = model("llama", {})
+    assert unpadded.works(causal, 1e-4)
+    mask = MASK & torch.tensor([[True], [False], [True], [True]])
+    made, expected = unpadded.states(causal, IDS, mask), unpadded.states(causal, IDS, MASK)
+    torch.testing.assert_close(made[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_is_no_answer(monkeypatch):
+    """It is told, and the model's attention is its own again."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    causal = model("llama", {})
+    monkeypatch.setattr(unpadded, "states", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        unpadded.works(causal, 1e-4)
+    assert causal.config._attn_implementation == "sdpa"
 
 
 def test_a_shared_base_computes_real_tokens_alone():
@@ -118,5 +141,6 @@ def test_attention_computes_rows_of_like_length_together():
     """On a CPU those of one length; elsewhere, where places stand for tokens too, at most a quarter of padding."""
     lengths = [9, 9, 8, 5, 5, 1]
     assert groups(lengths, "cpu") == [[9, 9], [8], [5, 5], [1]]
+    assert groups([4, 0, 4], "cpu") == [[4, 4]]
     assert groups(lengths, "meta") == [[9, 9, 8, 5, 5], [1]]  # 45 places for 36 tokens; with the last 54 for 37
     assert [group.start for group in unpadded.groups_of(lengths, torch.device("cpu"))] == [0, 18, 26, 36]
