@@ -642,8 +642,8 @@ def forward_passes(lengths: Sequence[int], budget: int | None = None, *, unpadde
     """Return rows in forward passes, longest first, that take the least time: rows of like length share one.
 
     The least is found among all ways of cutting the rows, sorted by length, into passes. A pass has at most `budget`
-    tokens, padding included; a longer row is alone. unpadded: padding is not computed and not counted, but results are laid
-    out in rows again, which have at most twice as many places.
+    tokens, padding included; a longer row is alone. unpadded: padding is not computed and not counted, but results are
+    laid out in rows again, which have at most twice as many places.
     """
     budget = sum(lengths) * len(lengths) if budget is None else budget
     cost = pass_cost()
