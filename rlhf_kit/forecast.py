@@ -112,7 +112,7 @@ def forecast(recipe: Recipe) -> Forecast:
         raise InputError(
             f"base.model: {recipe.base.model}: a pass of this model depends on more than shapes "
             f"({error}), so its cost cannot be told beforehand; run one step of it "
-            "(--set stages.<stage>.max_steps=1) and read its manifest.json."
+            "(--set stages.<stage>.max_steps=1, of a stage that samples updates=1) and read its manifest.json."
         ) from error
     scorers = [scorer for name, stage in recipe.stages.items() for scorer in check.scorers_of(name, stage).values()]
     unknown = [scorer for scorer in dict.fromkeys(scorers) if recipe.scorer_source(scorer) != "stage"]
