@@ -25,7 +25,7 @@ from rlhf_kit.generation import uniforms
 from rlhf_kit.maths.logprobs import sample_inverse_cdf
 from rlhf_kit.maths.products import FrozenMatrix
 from rlhf_kit.rollout import completion_logprobs, completion_states
-from rlhf_kit.scorers import AdapterScorer, Written
+from rlhf_kit.scorers import AdapterScorer, Written, unpadded
 from tests import tiny
 from tests.invariants import roles
 
@@ -225,7 +225,9 @@ def test_the_reward_role_scores_as_the_plain_sequence_classifier_does(tmp_path):
     """transformers and peft alone give the scores that the shared base gives, from the files of the adapter folder."""
     shared, text_format = roles.shared_base(tmp_path)
     rollout = roles.sampled(shared, text_format)
-    ours = AdapterScorer(shared, ["reward"])(Written([], [], rollout.ids, rollout.mask))
+    scorer = AdapterScorer(shared, ["reward"])
+    assert unpadded(scorer)
+    ours = scorer(Written([], [], rollout.ids, rollout.mask))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
     plain = PeftModel.from_pretrained(plain, tmp_path / "reward").eval()
     for row in range(len(roles.PROMPTS)):

@@ -18,6 +18,7 @@ from rlhf_kit.scorers import (
     call_function,
     load_function,
     scorer_of,
+    unpadded,
 )
 from tests import tiny
 
@@ -180,3 +181,8 @@ def test_a_function_must_return_one_finite_number_a_completion(name, message):
 def test_a_score_that_is_not_finite_is_for_the_recipe_to_judge():
     """While PPO runs, NaN is passed on: on_nonfinite says what becomes of it."""
     assert FunctionScorer("tests.unit.test_scorers:not_finite", CPU)(written(["a"], ["x"])).isnan().all()
+
+
+def test_a_function_is_given_rows_of_like_length():
+    """It may pad them for a model of its own; only roles on a shared base take rows of any length together."""
+    assert not unpadded(FunctionScorer("tests.unit.test_scorers:not_finite", CPU))
