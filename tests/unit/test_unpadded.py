@@ -93,6 +93,11 @@ def test_where_it_is_not_the_same_passes_stay_padded(name):
     assert causal.config._attn_implementation == before
 
 
+def test_layers_of_other_kinds_are_not_tried():
+    """A convolution that does little would not show in half precision."""
+    assert not unpadded.works(model("lfm2", PADDED_AS_BEFORE["lfm2"]), tolerance=10.0)
+
+
 def test_a_row_may_be_all_padding():
     causal = model("llama", {})
     assert unpadded.works(causal, 1e-4)
