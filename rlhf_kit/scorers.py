@@ -206,7 +206,7 @@ class ServerScorer:
 
     def __init__(self, address: str, shared: SharedBase, text_format: TextFormat) -> None:
         self.server = RewardServer(address)
-        self.device = shared.device
+        self.shared = shared
         its = self.server.identity
         self.unit = its.score_normalisation.mean, its.score_normalisation.std
         """Mean and standard deviation that the reward stage left."""
@@ -225,7 +225,7 @@ class ServerScorer:
             pairs = zip(written.prompts, written.texts, strict=True)
             rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
             scores = self.server.scores(SCORE_TEXTS, rows)
-        return torch.tensor(scores, device=self.device)
+        return torch.tensor(scores, device=self.shared.device)
 
 
 def reads(base: recipe.Base, text_format: TextFormat) -> dict[str, Any]:
@@ -319,7 +319,9 @@ def call_function(
 
 
 def unpadded(scorer: Scorer) -> bool:
-    """Return whether a scorer's passes are over real tokens alone."""
+    """Return whether a scorer's passes are over real tokens alone; a server's with the same base are where ours are."""
+    if isinstance(scorer, ServerScorer):
+        return scorer.by_tokens and scorer.shared.unpadded
     return isinstance(scorer, AdapterScorer) and scorer.shared.unpadded
 
 
