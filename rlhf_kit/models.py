@@ -354,19 +354,20 @@ def adapted(model: PreTrainedModel, config: LoraConfig, where: str = TARGETS) ->
     return peft_model
 
 
-def check_targets(base: recipe.Base, adapter: recipe.Adapter, where: str) -> None:
-    """Try an adapter on the base without weights. where: as `adapted` takes it.
+def tried(model: PreTrainedModel, adapter: recipe.Adapter, where: str) -> PeftModel:
+    """Return `model`, one without weights, with the recipe's adapter. where: as `adapted` takes it.
 
     Raises:
         InputError: as `adapted`; or one name of several is of nothing in the base.
     """
-    model = without_weights(base)
     with torch.device("meta"):
-        found = adapted(model, lora_config(adapter, "CAUSAL_LM"), where).base_model.targeted_module_names
+        peft_model = adapted(model, lora_config(adapter, "CAUSAL_LM"), where)
+    found = peft_model.base_model.targeted_module_names
     named = [] if isinstance(adapter.target_modules, str) else adapter.target_modules
     for name in named:
         if not any(f".{module}".endswith(f".{name}") for module in found):
             raise InputError(f"{where}: adapts nothing by the name {name}; take it out.")
+    return peft_model
 
 
 def lora_config(adapter: recipe.Adapter, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:

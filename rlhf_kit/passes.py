@@ -147,9 +147,7 @@ class Passes:
 
 
 def _with_adapter(causal: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    with torch.device("meta"):
-        config = models.lora_config(recipe.adapter, "CAUSAL_LM")
-        return models.adapted(causal, config, recipe.where(models.TARGETS)).eval()
+    return models.tried(causal, recipe.adapter, recipe.where(models.TARGETS)).eval()
 
 
 def _ends(layer: nn.Module) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def run(
         raise InputError(f"--only {only}: {recipe.path} has no such stage{did_you_mean(only, recipe.stages)}")
     with repeat.explained(published):
         plan = check.plan(recipe)
-    models.check_targets(recipe.base, recipe.adapter, recipe.where(models.TARGETS))
+    models.tried(models.without_weights(recipe.base), recipe.adapter, recipe.where(models.TARGETS))
     unsure = check_foreign(recipe, plan.foreign)
     folder = out or Path("runs") / (published.name if published else recipe.name)
     artifacts.check_run_directory(folder)

@@ -40,7 +40,7 @@ from rlhf_kit.gradients import Gradients
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say, track_samples
-from rlhf_kit.models import SharedBase, context_length, load_base
+from rlhf_kit.models import SUMMATION_TOLERANCE, SharedBase, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.ptx import PTX
 from rlhf_kit.recipe import GRPOStage, OnlineStage, PPOStage, RLOOStage
@@ -57,7 +57,6 @@ from rlhf_kit.rollout import (
     scores_of,
 )
 from rlhf_kit.scorers import (
-    SUMMATION_TOLERANCE,
     AdapterScorer,
     Written,
     probe_error,

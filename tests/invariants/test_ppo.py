@@ -136,6 +136,9 @@ def test_learning_begins_with_the_passes_of_scoring(tmp_path, settings, rows_beg
         trainer = ppo.PPO(make_job(tmp_path, epochs=2, missing_eos_penalty=None, **settings))
         rollout, _ = trainer.roll_out(0)
         rows = [row for piece in trainer.begun for row in piece]
+        assert sum(made.logprobs.numel() for made in trainer.begun.values()) <= (
+            trainer.settings.microbatch * rollout.completion_ids.shape[1]
+        )
         assert trainer.shared.tokens(rollout.mask[rows]) <= trainer.settings.microbatch * rollout.ids.shape[1]
         assert len(rows) >= rows_begun and set(rows) <= set(trainer._minibatches(0, 0)[0])
         if not begun:

@@ -131,7 +131,7 @@ def test_a_shared_base_computes_real_tokens_alone():
 
 
 def test_generation_reads_prompts_as_before():
-    """With keys and values kept, attention is transformers' own."""
+    """Where rows are not told, attention is transformers' own."""
     causal = model("llama", {})
     expected = padded(copy.deepcopy(causal), IDS, MASK)
     assert unpadded.works(causal, 1e-4)
