@@ -528,7 +528,7 @@ class SharedBase:
         self._active = BASE
         self._takes_positions = takes_positions(self.trunk)
         before = probe_logits(causal)
-        self.unpadded = unpadded.works(causal, SUMMATION_TOLERANCE[base.dtype])
+        self.unpadded = self._takes_positions and unpadded.works(causal, self._padded, SUMMATION_TOLERANCE[base.dtype])
         """Whether its passes are over real tokens alone."""
         layers.multiply_packed(causal, self.trunk)
         layers.keep_less(self.trunk, base)
@@ -626,11 +626,12 @@ class SharedBase:
         mask: [B, T], true for real tokens; rows may be padded on both sides, positions count real tokens.
         """
         with self.using(role):
-            if self.unpadded:
-                return unpadded.states(self.causal, ids, mask)
-            return self.trunk(
-                input_ids=ids, attention_mask=mask.long(), use_cache=False, **self.positions(mask)
-            ).last_hidden_state
+            return unpadded.states(self.causal, ids, mask) if self.unpadded else self._padded(ids, mask)
+
+    def _padded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.trunk(
+            input_ids=ids, attention_mask=mask.long(), use_cache=False, **self.positions(mask)
+        ).last_hidden_state
 
     def tokens(self, mask: Tensor) -> int:
         """Return how many tokens a pass over rows of this mask [B, T] computes."""

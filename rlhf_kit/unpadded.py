@@ -6,8 +6,7 @@ Norms, projections and feed-forward blocks compute each token by itself, so they
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -144,26 +143,24 @@ def _masks(causal: PreTrainedModel, length: int) -> Any:
 
 
 @torch.no_grad()
-def works(causal: PreTrainedModel, tolerance: float) -> bool:
+def works(causal: PreTrainedModel, padded: Callable[[Tensor, Tensor], Tensor], tolerance: float) -> bool:
     """Let a model's attention be ours, if it then computes the states of rows without padding; return whether it does.
 
+    padded: (ids [B, T], mask [B, T]) -> the trunk's states [B, T, H], padding computed.
     tolerance: how far states may be apart where only the order of summation differs, as a share of them.
     """
-    trunk, config = getattr(causal, causal.base_model_prefix), causal.config.get_text_config()
+    config = causal.config.get_text_config()
     if (
         config._attn_implementation != "sdpa"
         or not causal._supports_attention_backend
-        or "position_ids" not in inspect.signature(trunk.forward).parameters
         or not ONLY_ATTENTION.issuperset(getattr(config, "layer_types", None) or ())
     ):
         return False
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]], dtype=torch.bool, device=causal.device)
     ids = torch.arange(mask.numel(), device=causal.device).view(mask.shape) % config.vocab_size
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     same = False
     with _short_windows(config):
-        theirs = trunk(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        expected = theirs.last_hidden_state[mask].float()
+        expected = padded(ids, mask)[mask].float()
         causal.set_attn_implementation(ATTENTION)
         try:
             apart = states(causal, ids, mask)[mask].float() - expected

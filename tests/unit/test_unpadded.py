@@ -1,6 +1,7 @@
 """A pass over real tokens alone makes the states of a padded one, on every architecture where it is made."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -62,6 +63,10 @@ def padded(causal, ids, mask):
     return trunk(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).last_hidden_state
 
 
+def works(causal, tolerance):
+    return unpadded.works(causal, partial(padded, causal), tolerance)
+
+
 def slopes_of(embedding, states):
     embedding.weight.grad = None
     (states[MASK] * torch.linspace(-1, 1, states.shape[-1])).sum().backward()
@@ -75,7 +80,7 @@ def test_states_and_gradients_are_those_of_padded_rows(name, slack, monkeypatch)
     monkeypatch.setitem(unpadded.SLACK, "cpu", slack)
     plain = model(name, ARCHITECTURES[name])
     ours = copy.deepcopy(plain)
-    assert unpadded.works(ours, 1e-4)
+    assert works(ours, 1e-4)
     assert getattr(ours.config, "sliding_window", None) == getattr(plain.config, "sliding_window", None)
     embeddings = [causal.get_input_embeddings().requires_grad_() for causal in (ours, plain)]
     made, expected = unpadded.states(ours, IDS, MASK), padded(plain, IDS, MASK)
@@ -89,18 +94,18 @@ def test_where_it_is_not_the_same_passes_stay_padded(name):
     """And the attention stays the model's own."""
     causal = model(name, PADDED_AS_BEFORE[name])
     before = causal.config._attn_implementation
-    assert not unpadded.works(causal, 1e-3)
+    assert not works(causal, 1e-3)
     assert causal.config._attn_implementation == before
 
 
 def test_layers_of_other_kinds_are_not_tried():
     """A convolution that does little would not show in half precision."""
-    assert not unpadded.works(model("lfm2", PADDED_AS_BEFORE["lfm2"]), tolerance=10.0)
+    assert not works(model("lfm2", PADDED_AS_BEFORE["lfm2"]), tolerance=10.0)
 
 
 def test_a_row_may_be_all_padding():
     causal = model("llama", {})
-    assert unpadded.works(causal, 1e-4)
+    assert works(causal, 1e-4)
     mask = MASK & torch.tensor([[True], [False], [True], [True]])
     made, expected = unpadded.states(causal, IDS, mask), unpadded.states(causal, IDS, MASK)
     torch.testing.assert_close(made[mask], expected[mask], rtol=1e-4, atol=1e-5)
@@ -115,7 +120,7 @@ def test_memory_that_runs_out_is_no_answer(monkeypatch):
     causal = model("llama", {})
     monkeypatch.setattr(unpadded, "states", full)
     with pytest.raises(torch.OutOfMemoryError):
-        unpadded.works(causal, 1e-4)
+        works(causal, 1e-4)
     assert causal.config._attn_implementation == "sdpa"
 
 
@@ -134,7 +139,7 @@ def test_generation_reads_prompts_as_before():
     """Where rows are not told, attention is transformers' own."""
     causal = model("llama", {})
     expected = padded(copy.deepcopy(causal), IDS, MASK)
-    assert unpadded.works(causal, 1e-4)
+    assert works(causal, 1e-4)
     assert torch.equal(padded(causal, IDS, MASK)[MASK], expected[MASK])
 
 
