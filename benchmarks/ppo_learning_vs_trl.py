@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,11 +31,40 @@ from measure import ROOT, arguments, install_trl, print_table, run, write
 sys.path.insert(0, str(ROOT))
 
 LAST = 10  # updates that the training figures are averaged over
+ANSWERS = 8  # of a policy to each held-out prompt
 VALUE_RATE = 0.1
 """trl's value model is trained at this share of the policy's learning rate: all of its weights move, not an adapter."""
 
 
-def trl_worker(run_dir: Path, gold: str) -> None:
+def on_heldout(shared: Any, policy: str, reference: str, recipe: Any, text_format: Any) -> dict[str, float]:
+    """Return the gold score of what a policy answers, its deviation and the KL to the reference, on held-out prompts."""
+    import accelerate
+
+    from rlhf_kit import check
+    from rlhf_kit.evaluation import Examination, heldout_prompts
+    from rlhf_kit.pieces import Pieces
+
+    settings = recipe.stages["ppo"]
+    prompts, ids = heldout_prompts(recipe, check.plan(recipe).examples, text_format, recipe.evaluation.count)
+    pieces = Pieces("evaluation", recipe.evaluation.batch_size, "prompts", accelerate.Accelerator(cpu=True))
+    examined = partial(
+        Examination,
+        shared=shared,
+        text_format=text_format,
+        prompts=prompts,
+        prompt_ids=ids,
+        limit=settings.max_new_tokens,
+        temperature=settings.temperature,
+        reference=reference,
+        reward=None,
+        gold=recipe.evaluation.gold,
+        pieces=pieces,
+    )
+    found = [examined(seed=recipe.seed + draw).answers(policy).figures() for draw in range(ANSWERS)]
+    return {name: fmean(figures[name] for figures in found) for name in ("gold", "gold_std", "kl")}
+
+
+def trl_worker(run_dir: Path) -> None:
     """Train with trl what `run_dir`'s ppo stage trains; print the figures as JSON."""
     import torch
     from accelerate import Accelerator
@@ -49,7 +79,6 @@ def trl_worker(run_dir: Path, gold: str) -> None:
     from rlhf_kit.examples import prompts_of
     from rlhf_kit.maths.schedules import learning_rate_factor
     from rlhf_kit.recipe import written_recipe
-    from rlhf_kit.scorers import call_function, load_function
 
     recipe = written_recipe(run_dir / artifacts.RECIPE)
     ppo = recipe.stages["ppo"]
@@ -156,53 +185,23 @@ def trl_worker(run_dir: Path, gold: str) -> None:
     )
     trainer.train()
 
-    heldout = tokenise_prompts(examples.heldout[: recipe.evaluation.count], text_format, None, "error").rows
-    texts, divergence = [], []
-    torch.manual_seed(recipe.seed)
-    policy.eval()
-    with torch.no_grad():
-        for ids in heldout:
-            prompt = torch.tensor([ids])
-            whole = policy.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=ppo.max_new_tokens,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=ppo.temperature,
-                eos_token_id=text_format.end_id,
-                pad_token_id=text_format.pad_id,
-            )
-            completion = whole[:, len(ids) :]
-            pair = []
-            for context in (policy.disable_adapter(), None):
-                if context is None:
-                    logits = policy(whole).logits
-                else:
-                    with context:
-                        logits = policy(whole).logits
-                log_p = (logits[:, len(ids) - 1 : -1] / ppo.temperature).log_softmax(-1)
-                pair.append(log_p.gather(-1, completion.unsqueeze(-1)).sum())
-            divergence.append(float(pair[1] - pair[0]))
-            texts.append(text_format.completion_text(ids, completion[0].tolist()))
-    prompts = [row.prompt for row in examples.heldout[: recipe.evaluation.count]]
-    found = call_function(load_function(gold), gold, prompts, texts)
+    policy.save_pretrained(str(run_dir / "trl"))
+    shared = models.SharedBase(merged("sft", base()), recipe.base)
+    shared.add("ppo", run_dir / "trl")
     last = seen[-LAST:]
     figures = {
-        "gold": fmean(found),
-        "kl": fmean(divergence),
+        **on_heldout(shared, "ppo", models.BASE, recipe, text_format),
         "train score": fmean(step["objective/scores"] for step in last),
         "train kl": fmean(step["objective/kl"] for step in last),
     }
     print("figures " + json.dumps(figures), flush=True)
 
 
-def theirs(run_dir: Path, gold: str, trl: Path) -> dict[str, float]:
+def theirs(run_dir: Path, trl: Path) -> dict[str, float]:
     """Return what trl's trainer reaches."""
     environment = {**os.environ, "PYTHONPATH": f"{trl}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, __file__, "--trl-worker", str(run_dir), "--gold", gold],
+        [sys.executable, __file__, "--trl-worker", str(run_dir)],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -218,31 +217,36 @@ def theirs(run_dir: Path, gold: str, trl: Path) -> dict[str, float]:
 
 def ours(recipe: Path, out: Path, settings: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     """Return what our PPO stage reaches, and the SFT policy's figures."""
+    from rlhf_kit.finished import FinishedRun
+
     shutil.rmtree(out / "ppo", ignore_errors=True)
-    summary = run(recipe, out, settings, log=out.with_suffix(".log"))
+    run(recipe, out, settings, log=out.with_suffix(".log"))
     metrics = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text().splitlines()][-LAST:]
-    ppo = summary["systems"]["ppo"]
+    finished = FinishedRun(out)
+    for stage in ("sft", "ppo"):
+        finished.shared.add(stage, out / stage / "adapter")
+    ppo, sft = (
+        on_heldout(finished.shared, stage, "sft", finished.recipe, finished.text_format) for stage in ("ppo", "sft")
+    )
     figures = {
-        "gold": ppo["gold"],
-        "kl": ppo["kl"],
+        **ppo,
         "train score": fmean(step["objective/score"] for step in metrics),
         "train kl": fmean(step["objective/kl"] for step in metrics),
     }
-    return figures, summary["systems"]["sft"]
+    return figures, sft
 
 
 def main() -> None:
     """Train, and print a row for each seed and trainer."""
     options = arguments(__doc__ or "")
     options.add_argument("--trl-worker", type=Path, help="for this script itself")
-    options.add_argument("--gold", help="for this script itself")
     options.add_argument("--checkpoint", type=Path)
     options.add_argument("--stories", type=Path)
     options.add_argument("--values", nargs="+", choices=("adapter", "trunk"), default=["adapter", "trunk"])
     options.add_argument("--seeds", nargs="+", type=int)
     chosen = options.parse_args()
     if chosen.trl_worker:
-        trl_worker(chosen.trl_worker, chosen.gold)
+        trl_worker(chosen.trl_worker)
         return
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -254,17 +258,15 @@ def main() -> None:
 
             write_data(folder / "data", chosen.checkpoint, chosen.stories)
             recipe, seeds = ROOT / "tests" / "real_input" / "happy_stories.yaml", [1, 2, 3]
-            gold = "tests.real_input.happy_stories:score"
             settings += [f"base.model={chosen.checkpoint.resolve()}", f"data_root={folder / 'data'}"]
         else:
             recipe, seeds = ROOT / "recipes" / "quickstart.yaml", [7, 8, 9]
-            gold = "rlhf_kit.quickstart.world:gold"
         kl_coef = yaml.safe_load(recipe.read_text())["stages"]["ppo"]["kl_coef"]
         for seed in chosen.seeds or (seeds[:1] if chosen.quick else seeds):
             out = folder / f"run{seed}"
             for value in (*chosen.values, "trl"):
                 if value == "trl":
-                    figures = theirs(out, gold, trl)
+                    figures = theirs(out, trl)
                 else:
                     mine = [*settings, f"seed={seed}", f"stages.ppo.value={value}"]
                     figures, sft = ours(recipe, out, mine)
@@ -272,6 +274,7 @@ def main() -> None:
                 gain = (figures["gold"] - sft["gold"]) / sft["gold_std"]
                 trainer = "trl 1.12.0" if value == "trl" else f"ours, {value}"
                 found = {"gold gain (SFT std)": gain, **figures, "score - coef x kl": objective}
+                del found["gold_std"]
                 rows.append({"seed": seed, "trainer": trainer, **found})
                 print_table(rows)
                 print(flush=True)

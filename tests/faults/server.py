@@ -6,9 +6,11 @@ Imports what a run imports once, then forks for every run that it is asked for o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -37,9 +39,7 @@ def main() -> None:
 def serve(request: dict[str, Any]) -> dict[str, Any]:
     """Run the command line in `processes` forks; return their exit codes (minus the signal that ended one)."""
     world = request["processes"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = time.monotonic()
     children = [fork(request, rank, world, port) for rank in range(world)]
     codes: dict[int, int] = {}
@@ -69,6 +69,17 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         "operations": shim.fault_record().decode(errors="replace").splitlines(),
         "seconds": time.monotonic() - started,
     }
+
+
+def free_port() -> int:
+    """Return a port for the processes to meet at, below those that systems give away themselves: nobody is given it
+    before the run has it.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 def fork(request: dict[str, Any], rank: int, world: int, port: int) -> int:
