@@ -38,7 +38,7 @@ def true_gold(out: Path, seed: int) -> tuple[list[float], float]:
     import torch
 
     from rlhf_kit import checkpoints, finished, generation
-    from rlhf_kit.examples import prompts_of
+    from rlhf_kit.examples.loading import prompts_of
     from rlhf_kit.pieces import Pieces
     from rlhf_kit.quickstart import world
     from rlhf_kit.rollout import sampled
@@ -71,7 +71,7 @@ def true_gold(out: Path, seed: int) -> tuple[list[float], float]:
 def examples_of(card: Any) -> Any:
     """Return the rows of a card."""
     from rlhf_kit.data_cards import load_card
-    from rlhf_kit.examples import load_examples
+    from rlhf_kit.examples.loading import load_examples
 
     return load_examples(load_card(card, str(ROOT)))
 

@@ -76,7 +76,7 @@ def trl_worker(run_dir: Path) -> None:
 
     from rlhf_kit import artifacts, check, models
     from rlhf_kit.collate import load_text_format, tokenise_prompts
-    from rlhf_kit.examples import prompts_of
+    from rlhf_kit.examples.loading import prompts_of
     from rlhf_kit.maths.schedules import learning_rate_factor
     from rlhf_kit.recipe import written_recipe
 

@@ -56,7 +56,7 @@ def measured(out: Path, card: Path, seed: int) -> dict[str, tuple[float, list[fl
 
     from rlhf_kit import finished, generation
     from rlhf_kit.collate import tokenise_demonstrations
-    from rlhf_kit.examples import prompts_of
+    from rlhf_kit.examples.loading import prompts_of
     from rlhf_kit.pieces import Pieces
     from rlhf_kit.ptx import mean_loss
     from rlhf_kit.quickstart import world

@@ -30,24 +30,11 @@ from rlhf_kit.columns import path_of, template_columns
 from rlhf_kit.data_cards import DataCard, HubSource, data_suffix
 from rlhf_kit.data_files import Block, file_rows, json_blocks, json_row
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import (
-    OVER_LINES,
-    SHOWN,
-    SPELLS_MESSAGES,
-    Book,
-    Demonstration,
-    Preference,
-    Prompt,
-    Ranking,
-    Row,
-    Text,
-    canonical_rows,
-    check_columns,
-    probability_of,
-    read_rows,
-    refusal,
-    taken_rows,
-)
+from rlhf_kit.examples.book import OVER_LINES, SHOWN, Book
+from rlhf_kit.examples.messages import SPELLS_MESSAGES
+from rlhf_kit.examples.missing_columns import check_columns
+from rlhf_kit.examples.reading import canonical_rows, read_rows, taken_rows
+from rlhf_kit.examples.rows import Demonstration, Preference, Prompt, Ranking, Row, Text, probability_of, refusal
 from rlhf_kit.maths.statistics import krippendorff_alpha
 from rlhf_kit.memory import keep_freed_memory
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlhf_kit import artifacts
 from rlhf_kit.collate import left_pad
 from rlhf_kit.errors import InputError, NotScored
-from rlhf_kit.examples import Prompt
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.finished import FinishedRun, RewardModel
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.rollout import unscored

@@ -18,21 +18,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_kit import foreign
 from rlhf_kit.data_cards import DataCard, HubSource, load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import (
-    Demonstration,
-    Examples,
-    Preference,
-    Prompt,
-    PromptRow,
-    Ranking,
-    Share,
-    Text,
-    load_examples,
-    mixed,
-    prompts_of,
-    refusal,
-    refused_rows,
-)
+from rlhf_kit.examples.loading import Examples, Share, load_examples, mixed, prompts_of
+from rlhf_kit.examples.rows import Demonstration, Preference, Prompt, PromptRow, Ranking, Text, refusal, refused_rows
 from rlhf_kit.foreign import Foreign
 from rlhf_kit.model_folders import ModelFolder
 from rlhf_kit.recipe import (

@@ -31,7 +31,7 @@ from rlhf_kit import recipe
 from rlhf_kit.batches import Comparisons, PromptBatch
 from rlhf_kit.chat_templates import try_template
 from rlhf_kit.errors import InputError, first_line
-from rlhf_kit.examples import (
+from rlhf_kit.examples.rows import (
     Demonstration,
     Preference,
     Prompt,

@@ -30,7 +30,8 @@ from rlhf_kit.collate import (
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.evaluation import Examination, System, heldout_prompts, win_rates
-from rlhf_kit.examples import Examples, Prompt, Share, load_examples, mixed
+from rlhf_kit.examples.loading import Examples, Share, load_examples, mixed
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.finished import FinishedRun
 from rlhf_kit.judges import HumanJudge, Judge, blind_pairs
 from rlhf_kit.maths import diversity, statistics

@@ -22,7 +22,8 @@ from rlhf_kit.batches import Rollout
 from rlhf_kit.check import evaluation_card, evaluation_lengths
 from rlhf_kit.collate import TextFormat, compared, tokenise_prompts
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Examples, Preference, Prompt, Ranking, prompts_of
+from rlhf_kit.examples.loading import Examples, prompts_of
+from rlhf_kit.examples.rows import Preference, Prompt, Ranking
 from rlhf_kit.finished import RewardModel
 from rlhf_kit.foreign import Foreign, folder_of
 from rlhf_kit.generation import uniforms

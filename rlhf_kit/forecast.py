@@ -30,7 +30,7 @@ from rlhf_kit.collate import (
     tokens_of_group,
 )
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Examples, prompts_of
+from rlhf_kit.examples.loading import Examples, prompts_of
 from rlhf_kit.passes import Passes
 from rlhf_kit.recipe import (
     Cards,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_kit.examples import Preference, Prompt, Ranking
+from rlhf_kit.examples.rows import Preference, Prompt, Ranking
 from rlhf_kit.maths import statistics
 from rlhf_kit.recipe import Require
 

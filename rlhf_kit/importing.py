@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.errors import InputError, did_you_mean
-from rlhf_kit.examples import ROLES
+from rlhf_kit.examples.messages import ROLES
 from rlhf_kit.marked_yaml import write_yaml
 
 __all__ = ["import_cards"]

@@ -19,7 +19,7 @@ from rlhf_kit.chat_templates import try_template
 from rlhf_kit.collate import encode_chat, hide_special_tokens, special_tokens_pattern
 from rlhf_kit.data_files import file_rows, short
 from rlhf_kit.errors import InputError, did_you_mean, first_line
-from rlhf_kit.examples import Prompt
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.maths import statistics
 from rlhf_kit.metrics import progress
 from rlhf_kit.model_folders import opened

@@ -51,7 +51,7 @@ from rlhf_kit.collate import (
     tokenise_prompts,
 )
 from rlhf_kit.errors import InputError, Interrupted, NotPushed, RequirementMissed, did_you_mean, first_line
-from rlhf_kit.examples import Examples, prompts_of
+from rlhf_kit.examples.loading import Examples, prompts_of
 from rlhf_kit.finished import FinishedRun, verified_manifest
 from rlhf_kit.foreign import Foreign
 from rlhf_kit.memory import keep_freed_memory, return_freed_memory

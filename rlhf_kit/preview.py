@@ -12,18 +12,9 @@ from rlhf_kit.audit import Measured
 from rlhf_kit.collate import TextFormat, load_text_format
 from rlhf_kit.data_cards import DataCard
 from rlhf_kit.errors import InputError, printable
-from rlhf_kit.examples import (
-    Book,
-    Demonstration,
-    Preference,
-    Prompt,
-    PromptRow,
-    Ranking,
-    Row,
-    Text,
-    canonical_rows,
-    texts_of,
-)
+from rlhf_kit.examples.book import Book
+from rlhf_kit.examples.reading import canonical_rows
+from rlhf_kit.examples.rows import Demonstration, Preference, Prompt, PromptRow, Ranking, Row, Text, texts_of
 from rlhf_kit.models import context_length
 from rlhf_kit.recipe import Base, load_recipe
 

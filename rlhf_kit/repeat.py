@@ -18,7 +18,7 @@ from typing import Any
 from rlhf_kit import artifacts, models
 from rlhf_kit.check import scorers_of
 from rlhf_kit.errors import InputError, first_line
-from rlhf_kit.examples import Examples
+from rlhf_kit.examples.loading import Examples
 from rlhf_kit.foreign import read_manifest
 from rlhf_kit.model_folders import CHAT_TEMPLATE, read_object
 from rlhf_kit.recipe import Cards, Recipe, SamplingStage

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_kit.batches import Completions, PromptBatch, Rollout
 from rlhf_kit.collate import TextFormat, forward_passes, left_pad
-from rlhf_kit.examples import Prompt
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.generation import generate, joined
 from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase

@@ -17,7 +17,8 @@ from rlhf_kit.collate import left_pad
 from rlhf_kit.data_cards import data_suffix, load_card
 from rlhf_kit.data_files import file_rows, short
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Prompt, load_examples, prompts_of
+from rlhf_kit.examples.loading import load_examples, prompts_of
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.finished import FinishedRun, RewardModel
 from rlhf_kit.generation import uniforms
 from rlhf_kit.metrics import progress

@@ -19,7 +19,7 @@ from rlhf_kit import artifacts, recipe
 from rlhf_kit.chat_templates import try_template
 from rlhf_kit.collate import TextFormat, encode_chat, hide_special_tokens, special_tokens_pattern
 from rlhf_kit.errors import InputError, did_you_mean, first_line
-from rlhf_kit.examples import Prompt
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.foreign import SUMMARY_BIAS, SUMMARY_WEIGHT
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.metrics import say

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf_kit import distributed
 from rlhf_kit.collate import TextFormat
 from rlhf_kit.errors import Diverged, InputError
-from rlhf_kit.examples import Prompt
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.generation import seed_generators, uniforms
 from rlhf_kit.guard import Guard, Look
 from rlhf_kit.maths import diversity, kl

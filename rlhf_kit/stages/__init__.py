@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rlhf_kit import distributed
 from rlhf_kit.collate import TextFormat, Tokenised
 from rlhf_kit.errors import InputError, Interrupted
-from rlhf_kit.examples import Examples
+from rlhf_kit.examples.loading import Examples
 from rlhf_kit.foreign import Foreign, folder_of
 from rlhf_kit.models import SharedBase
 from rlhf_kit.recipe import Cards, Recipe, Stage

@@ -34,7 +34,7 @@ from rlhf_kit import artifacts, checkpoints, distributed, kl_doctor, token_cache
 from rlhf_kit.batches import Rollout, Targets
 from rlhf_kit.collate import tokenise_demonstrations, tokenise_prompts
 from rlhf_kit.errors import Diverged, InputError, Interrupted, NotScored
-from rlhf_kit.examples import prompts_of
+from rlhf_kit.examples.loading import prompts_of
 from rlhf_kit.generation import derived_seed, seed_generators, uniforms
 from rlhf_kit.gradients import Gradients
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics

@@ -27,7 +27,8 @@ from torch import Tensor
 from rlhf_kit import artifacts, checkpoints, distributed, token_cache
 from rlhf_kit.collate import IGNORED, tokenise_prompts
 from rlhf_kit.errors import Diverged, Interrupted
-from rlhf_kit.examples import Prompt, prompts_of
+from rlhf_kit.examples.loading import prompts_of
+from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.generation import derived_seed, seed_generators, uniforms
 from rlhf_kit.maths.best_of_n import kl_bound
 from rlhf_kit.metrics import MetricLog, progress, say

@@ -49,7 +49,7 @@ from rlhf_kit.collate import (
     within_budget,
 )
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, Ranking
+from rlhf_kit.examples.rows import Demonstration, Preference, Ranking
 from rlhf_kit.generation import derived_seed, generate, uniforms
 from rlhf_kit.maths import preference
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std

@@ -45,7 +45,7 @@ WITHOUT_TORCH = (
     "data_cards",
     "data_files",
     "artifacts",
-    "examples",
+    "examples.loading",
     "check",
     "model_folders",
     "foreign",

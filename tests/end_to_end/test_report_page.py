@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rlhf_kit import artifacts, health
-from rlhf_kit.examples import Preference
+from rlhf_kit.examples.rows import Preference
 from rlhf_kit.report import write_report
 from tests.unit.test_health import answers, pair
 from tests.unit.test_report import HOSTILE, RECIPE, SUMMARY, finish_all

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_kit.batches import Comparisons
 from rlhf_kit.collate import compare, right_pad, tokenise_comparisons
 from rlhf_kit.errors import InputError, Interrupted
-from rlhf_kit.examples import Preference, Ranking
+from rlhf_kit.examples.rows import Preference, Ranking
 from rlhf_kit.models import load_base, sequence_scores
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import RewardStage

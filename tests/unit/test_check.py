@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from rlhf_kit.check import check_recipe, longest, plan
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, PromptRow
+from rlhf_kit.examples.rows import Demonstration, Preference, PromptRow
 from rlhf_kit.model_folders import ModelFolder, safetensors_header
 from rlhf_kit.recipe import load_recipe
 from tests.plain import make_workplace, write_jsonl, write_model, write_safetensors
@@ -74,7 +74,7 @@ class TestPlan:
             fetched.append(str(source))
             yield from ((f"{source}:{n}", {"prompt": f"Q{n}"}) for n in range(20))
 
-        monkeypatch.setattr("rlhf_kit.examples.hub_rows", fetch)
+        monkeypatch.setattr("rlhf_kit.examples.reading.hub_rows", fetch)
         Path("asked.md").write_text("---\nrlhf_kit: {kind: prompts, source: {hub: a/b, revision: v1}}\n---\n")
         assert "prompts of a/b@v1[train], not fetched by check" in lines()["data asked.md:"]
         assert fetched == []

@@ -33,7 +33,8 @@ from rlhf_kit.collate import (
 )
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, PromptRow, Ranking, Text, load_examples
+from rlhf_kit.examples.loading import load_examples
+from rlhf_kit.examples.rows import Demonstration, Preference, PromptRow, Ranking, Text
 from tests import tiny
 from tests.tiny import CHATML, make_tokenizer
 

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_kit.audit import audit
 from rlhf_kit.data_cards import HubSource, load_card
-from rlhf_kit.examples import load_examples
+from rlhf_kit.examples.loading import load_examples
 from rlhf_kit.marked_yaml import write_yaml
 from tests.unit import test_public_formats as formats  # whole: a test class imported by name would run here too
 from tests.unit.test_public_formats import ARENA, HELPSTEER, SUMMARY, ULTRA, assistant, user

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from rlhf_kit.audit import audit
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Examples, Preference, PromptRow, Ranking, Text, load_examples, prompts_of
+from rlhf_kit.examples.loading import Examples, load_examples, prompts_of
+from rlhf_kit.examples.rows import Demonstration, Preference, PromptRow, Ranking, Text
 from rlhf_kit.marked_yaml import write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -879,7 +880,7 @@ class TestHub:
     def test_one_that_cannot_be_had(self, here):
         """No network, no such dataset or split: one message."""
         code = (
-            "from rlhf_kit.data_cards import load_card\nfrom rlhf_kit.examples import load_examples\n"
+            "from rlhf_kit.data_cards import load_card\nfrom rlhf_kit.examples.loading import load_examples\n"
             "from rlhf_kit.errors import InputError\n"
             "try:\n    load_examples(load_card('c.md'))\nexcept InputError as error:\n    print(error)\n"
         )

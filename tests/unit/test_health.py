@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_kit import health
-from rlhf_kit.examples import Preference, Ranking
+from rlhf_kit.examples.rows import Preference, Ranking
 from rlhf_kit.recipe import Require
 
 

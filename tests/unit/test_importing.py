@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_kit.data_cards import HubSource, load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, Text, load_examples
+from rlhf_kit.examples.loading import load_examples
+from rlhf_kit.examples.rows import Demonstration, Preference, Text
 from rlhf_kit.importing import import_cards
 
 

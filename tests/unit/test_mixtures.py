@@ -10,8 +10,8 @@ import pytest
 from rlhf_kit.check import check_recipe, plan
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Share as Part
-from rlhf_kit.examples import load_examples, mixed
+from rlhf_kit.examples.loading import Share as Part
+from rlhf_kit.examples.loading import load_examples, mixed
 from rlhf_kit.marked_yaml import write_yaml
 from rlhf_kit.recipe import Portion, load_recipe, resolved_yaml
 from tests.plain import RECIPE, make_workplace, write_jsonl

@@ -78,7 +78,7 @@ def test_without_a_base():
 def test_counts_are_those_of_training(model):
     """What check counts are the lengths of the rows that the trainer sees."""
     from rlhf_kit.collate import load_text_format, tokenise_demonstrations
-    from rlhf_kit.examples import Demonstration, Text
+    from rlhf_kit.examples.rows import Demonstration, Text
 
     base = Base(model=str(model))
     rows = [Demonstration("Hi", " yo", "x:1"), Demonstration([{"role": "user", "content": "Hé"}], "yo", "x:2")]

@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Examples, Preference, Ranking, load_examples
+from rlhf_kit.examples.loading import Examples, load_examples
+from rlhf_kit.examples.rows import Demonstration, Preference, Ranking
 from rlhf_kit.marked_yaml import write_yaml
 
 

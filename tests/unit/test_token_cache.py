@@ -9,7 +9,7 @@ import pytest
 from rlhf_kit import recipe, token_cache
 from rlhf_kit.collate import load_text_format, tokenise_comparisons, tokenise_demonstrations, tokenise_prompts
 from rlhf_kit.errors import InputError
-from rlhf_kit.examples import Demonstration, Preference, PromptRow
+from rlhf_kit.examples.rows import Demonstration, Preference, PromptRow
 from tests import tiny
 
 ROWS = [Demonstration(f"Q{n}", f" A{n}", f"d:{n}") for n in range(12)]
