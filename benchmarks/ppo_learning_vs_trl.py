@@ -37,7 +37,7 @@ VALUE_RATE = 0.1
 
 
 def on_heldout(shared: Any, policy: str, reference: str, recipe: Any, text_format: Any) -> dict[str, float]:
-    """Return the gold score of what a policy answers, its deviation and the KL to the reference, on held-out prompts."""
+    """Return the gold score of what a policy answers to held-out prompts, its deviation and the KL to the reference."""
     import accelerate
 
     from rlhf_kit import check
