@@ -78,7 +78,7 @@ def trl_worker(run_dir: Path) -> None:
     from rlhf_kit.collate import load_text_format, tokenise_prompts
     from rlhf_kit.examples.loading import prompts_of
     from rlhf_kit.maths.schedules import learning_rate_factor
-    from rlhf_kit.recipe import written_recipe
+    from rlhf_kit.recipe_reading import written_recipe
 
     recipe = written_recipe(run_dir / artifacts.RECIPE)
     ppo = recipe.stages["ppo"]

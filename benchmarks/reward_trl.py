@@ -102,7 +102,7 @@ def worker(folder: Path, seed: int, microbatch: int) -> None:
 
     from rlhf_kit import check, health, models
     from rlhf_kit.collate import load_text_format, right_pad, tokenise_comparisons
-    from rlhf_kit.recipe import load_recipe
+    from rlhf_kit.recipe_reading import load_recipe
     from rlhf_kit.training import optimizer_steps
 
     recipe = load_recipe("recipe.yaml")

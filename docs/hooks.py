@@ -124,7 +124,7 @@ def mathml(latex: str, block: bool) -> str:
 
 def recipe_reference() -> str:
     """Return the page of every recipe key, from the typed recipe."""
-    from rlhf_kit import recipe
+    from rlhf_kit import recipe, recipe_problems
 
     first = {"Top level": recipe.Recipe, **{place: recipe.HOMES[place] for place in ("base", "adapter")}}
     stages = {place: settings for place, settings in recipe.HOMES.items() if place.startswith("stages.")}
@@ -138,7 +138,7 @@ def recipe_reference() -> str:
     ]
     for place, settings in places.items():
         lines += [f"## {heading(place)}", plain(inspect.getdoc(settings) or ""), table(settings, names)]
-    theirs = [(f"`{name}`", ours) for name, ours in recipe.FROM_ELSEWHERE.items()]
+    theirs = [(f"`{name}`", ours) for name, ours in recipe_problems.FROM_ELSEWHERE.items()]
     lines += [
         "## Names of other toolkits",
         "Written in a recipe, they are errors that tell what the setting is called here. "

@@ -65,7 +65,7 @@ def run(
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check recipe, data cards and data, and print the plan with every derived size. Loads no model."""
     from rlhf_kit.check import check_recipe
-    from rlhf_kit.recipe import load_recipe
+    from rlhf_kit.recipe_reading import load_recipe
 
     for line in check_recipe(load_recipe(recipe, overrides or [])):
         print(line)
@@ -81,7 +81,7 @@ def plan(
     from rich.console import Console
 
     from rlhf_kit.forecast import forecast, print_forecast
-    from rlhf_kit.recipe import load_recipe
+    from rlhf_kit.recipe_reading import load_recipe
 
     _check_json_file(json_file)
     read = load_recipe(recipe, overrides or [])

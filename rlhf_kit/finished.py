@@ -17,7 +17,8 @@ from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.foreign import Foreign
 from rlhf_kit.metrics import say
 from rlhf_kit.models import BASE, SharedBase
-from rlhf_kit.recipe import PolicyStage, Recipe, RewardStage, SamplingStage, TunedStage, written_recipe
+from rlhf_kit.recipe import PolicyStage, Recipe, RewardStage, SamplingStage, TunedStage
+from rlhf_kit.recipe_reading import written_recipe
 from rlhf_kit.scorers import Scorer, ServerScorer, Written, scorer_of
 from rlhf_kit.settings import HubReference, without_local_paths
 

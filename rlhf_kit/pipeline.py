@@ -68,9 +68,9 @@ from rlhf_kit.recipe import (
     SamplingStage,
     SFTStage,
     Stage,
-    load_recipe,
     resolved_yaml,
 )
+from rlhf_kit.recipe_reading import load_recipe
 from rlhf_kit.settings import HUB, without_local_paths
 from rlhf_kit.stages import Job, Outcome, StopRequest
 from rlhf_kit.token_cache import tokenised

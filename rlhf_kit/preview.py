@@ -16,7 +16,8 @@ from rlhf_kit.examples.book import Book
 from rlhf_kit.examples.reading import canonical_rows
 from rlhf_kit.examples.rows import Demonstration, Preference, Prompt, PromptRow, Ranking, Row, Text, texts_of
 from rlhf_kit.models import context_length
-from rlhf_kit.recipe import Base, load_recipe
+from rlhf_kit.recipe import Base
+from rlhf_kit.recipe_reading import load_recipe
 
 __all__ = ["base_named", "measured", "preview"]
 

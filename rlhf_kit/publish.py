@@ -35,7 +35,7 @@ from rlhf_kit.finished import FinishedRun
 from rlhf_kit.marked_yaml import write_yaml
 from rlhf_kit.model_card import model_card
 from rlhf_kit.model_folders import CHAT_TEMPLATE
-from rlhf_kit.recipe import written_recipe
+from rlhf_kit.recipe_reading import written_recipe
 from rlhf_kit.settings import HUB_ID, without_local_paths
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")

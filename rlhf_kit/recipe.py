@@ -1,41 +1,32 @@
 """The recipe: one YAML file that tells the whole story of a run, as typed data.
 
-`load_recipe` reads it whole before anything else is looked at, and reports everything that is wrong with it together,
-each with file, line and what would work. There are no includes, no interpolation and no environment variables. What the
-user must decide has no default. Nothing here imports torch.
+Here are its fields, which of them name other stages, and how it is written out. `recipe_reading` makes one of a file;
+`recipe_problems` has what may be wrong with one. There are no includes, no interpolation and no environment variables.
+What the user must decide has no default. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag
 
-from rlhf_kit.errors import InputError, did_you_mean, printable
-from rlhf_kit.marked_yaml import KeyPath, MarkedYaml, Problem, read_yaml, write_yaml
+from rlhf_kit.marked_yaml import MarkedYaml, write_yaml
 from rlhf_kit.settings import (
     HUB,
     HUB_ID,
     Count,
     Fraction,
-    HubReference,
     NonNegative,
     Positive,
     Settings,
     Text,
     TextOrTexts,
-    explain,
-    find_path,
-    hub_reference,
     matching,
-    not_found,
-    read_text,
-    written_wrongly,
 )
 
 __all__ = [
@@ -67,16 +58,12 @@ __all__ = [
     "Truncate",
     "TunedStage",
     "Watch",
-    "load_recipe",
     "recipe_schema",
     "resolved_yaml",
-    "written_recipe",
 ]
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 # ---------------------------------------------------------------- the fields
 
@@ -141,10 +128,10 @@ class Portion(Settings):
     """At most so many rows to train on, chosen by their hash, before the weight."""
 
 
-_ONE, _SEVERAL = "one card", "several cards"
+ONE, SEVERAL = "one card", "several cards"
 Cards = Annotated[
-    Annotated[Text, Tag(_ONE)] | Annotated[tuple[Portion, ...], Field(strict=False), Tag(_SEVERAL)],
-    Discriminator(lambda written: _SEVERAL if isinstance(written, list | tuple) and written else _ONE),
+    Annotated[Text, Tag(ONE)] | Annotated[tuple[Portion, ...], Field(strict=False), Tag(SEVERAL)],
+    Discriminator(lambda written: SEVERAL if isinstance(written, list | tuple) and written else ONE),
 ]
 """A data card, or a list of cards, each its path or {card, weight?, cap?}."""
 
@@ -539,7 +526,7 @@ class Publish(Settings):
 
 
 @dataclass(frozen=True)
-class _Origin:
+class Origin:
     """Where a recipe came from; two recipes from different files may be equal."""
 
     path: Path = field(default=Path("recipe.yaml"), compare=False)
@@ -568,7 +555,7 @@ class Recipe(Settings):
     trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[])
     """Where metrics go besides `metrics.jsonl`."""
 
-    _origin: _Origin = PrivateAttr(default_factory=_Origin)
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @property
     def path(self) -> Path:
@@ -616,7 +603,7 @@ class Recipe(Settings):
         """Return the fields of a stage that name a folder or a repository of the Hub, and what they name."""
         return {
             field: name
-            for field, name, _ in _references(self.stages[stage].model_dump())
+            for field, name, _ in references(self.stages[stage].model_dump())
             if name not in self.stages and not (field in SCORERS and self.scorer_source(name) != "model")
         }
 
@@ -641,85 +628,11 @@ class Recipe(Settings):
     def depends_on(self, stage: str) -> list[str]:
         """Return the names of the earlier stages that a stage builds on, in the order in which its fields name them."""
         return list(
-            dict.fromkeys(name for _, name, _ in _references(self.stages[stage].model_dump()) if name in self.stages)
+            dict.fromkeys(name for _, name, _ in references(self.stages[stage].model_dump()) if name in self.stages)
         )
 
 
-# ---------------------------------------------------------------- reading
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in the file `path`, after the overrides, each "stages.ppo.kl_coef=0.1".
-
-    Raises:
-        InputError: everything that is wrong with it, together.
-    """
-    return _load(Path(path), overrides, look=True)
-
-
-def written_recipe(path: str | Path) -> Recipe:
-    """Return the recipe that a run wrote down, without looking whether the files it names are still there.
-
-    Raises:
-        InputError: it is not there, or has been changed to something that is no recipe.
-    """
-    return _load(Path(path), (), look=False)
-
-
-def resolved_yaml(recipe: Recipe) -> str:
-    """Return the recipe with every default written out. Loaded from the same working directory it gives it again."""
-    data = recipe.model_dump()
-    for name, stage in recipe.stages.items():
-        fields = type(stage).model_fields
-        first = [key for key in ("kind", *fields) if fields[key].is_required()]  # what the user has to decide
-        own = [key for kind in type(stage).__mro__ for key in getattr(kind, "__annotations__", ()) if key in fields]
-        data["stages"][name] = {key: data["stages"][name][key] for key in dict.fromkeys([*first, *own])}
-    return write_yaml(data)
-
-
-def recipe_schema() -> dict[str, Any]:
-    """Return the JSON schema of recipes, for editors."""
-    return Recipe.model_json_schema()
-
-
-def _load(path: Path, overrides: Sequence[str], look: bool) -> Recipe:
-    marked = read_yaml(read_text(path, "recipe", (".yaml", ".yml")), str(path))
-    if marked.value is None and not overrides:
-        raise InputError(f"{path}: is empty; a recipe has name, base and stages")
-    if marked.value is not None and not (isinstance(marked.value, dict) and marked.value.keys() & Recipe.model_fields):
-        raise InputError(f"{path}:1: is not a recipe, which is a mapping with name, base and stages; wrong file?")
-    wrong = [message for override in overrides for message in _override(marked, override)]
-    if wrong:
-        raise InputError(wrong)
-    data = _open_sections(marked.value or {})
-    marked.value = data
-    problems = list(_field_problems(data, marked))
-    problems += _chain_problems(data.get("stages"), path.parent)
-    problems += _path_problems(data, path.parent, look)  # turns the paths in `data` into ones that open
-    if problems:
-        raise InputError(marked.messages(problems))
-    recipe = Recipe.model_validate(data)
-    recipe._origin = _Origin(path, marked)
-    return recipe
-
-
-def _override(marked: MarkedYaml, override: str) -> Iterator[str]:
-    place = printable(f"--set {override if len(override) <= 80 else override[:77] + '...'}")
-    key, equals, value = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        yield f"{place}: write a key path, =, and a value, such as --set stages.ppo.kl_coef=0.1"
-        return
-    try:
-        marked.put(path, read_yaml(value, place), place)
-    except InputError as error:
-        yield from error.problems
-
-
-def either(words: Iterable[str]) -> str:
-    """Return words as a choice: "a", "a or b", "a, b or c"."""
-    *first, last = words
-    return f"{', '.join(first)} or {last}" if first else last
+# ---------------------------------------------------------------- where they stand
 
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -728,71 +641,6 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluation": Evaluation,
     "publish": Publish,
 }
-MAY_BE_EMPTY = ("base", "adapter", "evaluation")
-
-
-def _open_sections(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy in which a section whose every key is commented out is empty and not null."""
-    data = dict(raw)
-    for section in MAY_BE_EMPTY:
-        if section in data and data[section] is None:
-            data[section] = {}
-        elif isinstance(data.get(section), dict):
-            data[section] = dict(data[section])
-    if isinstance(data.get("stages"), dict):
-        data["stages"] = {
-            name: {} if stage is None else dict(stage) if isinstance(stage, dict) else stage
-            for name, stage in data["stages"].items()
-        }
-        for stage in data["stages"].values():
-            for key in ("data", "prompts") if isinstance(stage, dict) else ():
-                if isinstance(stage.get(key), list):  # a card's name alone is a portion without weight and cap
-                    stage[key] = [{"card": card} if isinstance(card, str) else card for card in stage[key]]
-            for key in ("checkpoint_every", "require") if isinstance(stage, dict) else ():
-                if key in stage and stage[key] is None:
-                    stage[key] = {}
-            for key in ("watch", "ptx") if isinstance(stage, dict) else ():  # in which paths are put that open
-                if isinstance(stage.get(key), dict):
-                    stage[key] = dict(stage[key])
-    return data
-
-
-# ---------------------------------------------------------------- fields one by one
-
-FROM_ELSEWHERE: Mapping[str, str] = {
-    "lr": "learning_rate",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "ppo_epochs": "epochs",
-    "num_generations": "completions_per_prompt",
-    "rloo_k": "completions_per_prompt",
-    "num_ppo_epochs": "epochs",
-    "num_mini_batches": "minibatches",
-    "mini_batch_size": "minibatches (how many, not how large)",
-    "per_device_train_batch_size": "microbatch (and batch_size, over all processes)",
-    "gradient_accumulation_steps": "batch_size and microbatch, from which accumulation follows",
-    "max_seq_length": "max_length",
-    "response_length": "max_new_tokens",
-    "beta": "kl_coef",
-    "init_kl_coef": "kl_coef",
-    "target_kl": "kl_target",
-    "cliprange": "clip",
-    "vf_coef": "value_coef",
-    "dataset": "data",
-    "lr_scheduler_type": "schedule",
-    "warmup_ratio": "warmup_fraction",
-    "model_name_or_path": "base.model",
-    "torch_dtype": "base.dtype",
-    "load_in_8bit": "base.quantization: 8bit",
-    "load_in_4bit": "base.quantization: 4bit",
-    "lora_r": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "report_to": "trackers",
-    "output_dir": "name, or --out on the command line",
-}
-"""What other toolkits call our settings."""
-
 NESTED: Mapping[str, type[BaseModel]] = {"watch": Watch, "guard": Guard, "ptx": PTX}
 """Mappings within a stage that learns online: ppo, rloo, grpo."""
 HOMES: Mapping[str, type[BaseModel]] = {
@@ -802,135 +650,6 @@ HOMES: Mapping[str, type[BaseModel]] = {
     "stages.<reward stage>.require": Require,
     **{f"stages.<online stage>.{key}": settings for key, settings in NESTED.items()},
 }
-
-NEEDED: Mapping[str, str] = {
-    "name": "the run directory is runs/<name>",
-    "base": "at least {model: <folder or Hub id>}",
-    "model": "a local folder or a Hub id such as HuggingFaceTB/SmolLM2-135M",
-    "stages": "at least one, such as sft: {kind: sft, data: data_cards/mine.md}",
-    "kind": either(STAGE_KINDS),
-    "data": "the data card to learn from",
-    "card": "a data card, such as data_cards/mine.md",
-    "policy": "the earlier stage to start from, such as the sft stage, or an adapter",
-    "reward": "an earlier reward stage, a model, package.module:function, or the address of a reward server",
-    "prompts": "the data card with the prompts",
-    "kl_coef": "the price of a nat of KL, usually between 0.01 and 0.2 (dpo, kto: the paper's beta)",
-    "repo": "owner/name on the Hub",
-}
-"""What to write for a required setting."""
-
-
-def _field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Problem]:
-    try:
-        Recipe.model_validate(data)
-    except ValidationError as invalid:
-        for error in invalid.errors(include_url=False):
-            loc = error["loc"]
-            if len(loc) > 2 and loc[0] == "stages":
-                loc = (*loc[:2], *loc[3:])  # pydantic puts the stage's kind behind its name
-            loc = tuple(step for step in loc if step not in (_ONE, _SEVERAL))
-            key, settings = str(loc[-1]), _settings_at(loc[:-1], data)
-            match error["type"]:
-                case "extra_forbidden":
-                    yield loc, f"unknown key{_home(key, loc, settings)}"
-                case "missing":
-                    if not written_wrongly(key, _at(loc[:-1], data), settings.model_fields if settings else ()):
-                        yield loc, f"missing, and has no default: {NEEDED[key]}"
-                case "union_tag_not_found":
-                    yield loc, f"kind is missing, and has no default: {NEEDED['kind']}"
-                case "union_tag_invalid":
-                    at = (*loc, "kind")
-                    yield at, f"must be {NEEDED['kind']}; seen {marked.seen(at)}"
-                case _:
-                    yield loc, explain(error, loc, marked)
-    stages = data.get("stages")
-    for name, stage in stages.items() if isinstance(stages, dict) else ():
-        if not STAGE_NAME.fullmatch(name) or name == "base":
-            yield ("stages", name), "a stage is named with letters, digits, _ and -, and not base"
-        kind = STAGE_KINDS.get(str(stage.get("kind"))) if isinstance(stage, dict) else None
-        if kind is not None and issubclass(kind, OnlineStage):
-
-            def value_of(key: str, stage: Any = stage, fields: Any = kind.model_fields) -> Any:
-                return stage.get(key, fields[key].default if key in fields else None)
-
-            batch_size = value_of("batch_size")
-            for key in ("minibatches", "completions_per_prompt"):
-                parts = value_of(key)
-                if _is_count(batch_size) and _is_count(parts) and batch_size % parts:
-                    yield (
-                        ("stages", name, key if key in stage else "batch_size"),
-                        f"batch_size {batch_size} is not a multiple of {key} {parts}",
-                    )
-            if stage.get("guard") is not None and stage.get("watch") is None:
-                yield (
-                    ("stages", name, "guard"),
-                    "judges what watch sees, and there is no watch; write watch: {gold: ...} beside it",
-                )
-            gold = _within(stage, "watch", "gold")
-            if gold is not None and gold == stage.get("reward"):
-                yield (
-                    ("stages", name, "watch", "gold"),
-                    f"is what the policy is trained on ({gold}); name another scorer, such as a reward stage of other "
-                    "pairs",
-                )
-            epochs, value_epochs = value_of("epochs"), value_of("value_epochs")
-            if _is_count(epochs) and _is_count(value_epochs) and value_epochs > epochs:
-                yield (
-                    ("stages", name, "value_epochs"),
-                    f"must be at most epochs, which is {epochs}; seen {value_epochs}",
-                )
-    trackers = data.get("trackers")
-    if isinstance(trackers, list) and len({str(tracker) for tracker in trackers}) < len(trackers):
-        yield ("trackers",), "names a tracker twice"
-
-
-def _at(path: KeyPath, data: Any) -> Any:
-    for step in path:
-        data = data[step]
-    return data
-
-
-def _within(stage: Mapping[str, Any], section: str, key: str) -> Any:
-    """Return a setting of a mapping within a stage, or None."""
-    found = stage.get(section)
-    return found.get(key) if isinstance(found, dict) else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _settings_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
-    """Return the class whose fields the mapping at `path` has."""
-    match path:
-        case ():
-            return Recipe
-        case ("stages", name):
-            stage = data["stages"][name]
-            return STAGE_KINDS.get(str(stage.get("kind"))) if isinstance(stage, dict) else None
-        case ("stages", _, "checkpoint_every"):
-            return CheckpointEvery
-        case ("stages", _, "require"):
-            return Require
-        case ("stages", _, "watch" | "guard" | "ptx" as nested):
-            return NESTED[nested]
-        case ("stages", _, "data" | "prompts", int()):
-            return Portion
-        case (section,):
-            return SECTIONS.get(str(section))
-    return None
-
-
-def _home(key: str, path: KeyPath, settings: type[BaseModel] | None) -> str:
-    """Return where an unknown key belongs or what it is called here, as the end of a message."""
-    fields = settings.model_fields if settings else {}
-    ours = FROM_ELSEWHERE.get(key)
-    if ours and ("." in ours or "name" in ours or re.findall(r"\w+", ours)[0] in fields):
-        return f"; here it is {ours}"
-    homes = [f"{place}.{key}" for place, home in HOMES.items() if key in home.model_fields]
-    if key in Recipe.model_fields and len(path) > 1:
-        homes.insert(0, f"the top level, as {key}")
-    return f"; it belongs to {' or '.join(homes[:3])}" if homes else did_you_mean(key, fields)
 
 
 # ---------------------------------------------------------------- stages that name stages
@@ -959,39 +678,19 @@ SCORERS = ("reward", "watch.gold")
 """Fields that name what gives scores: a function or a server too."""
 
 
-def _references(stage: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def references(stage: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield field, the stage it names, and the kinds that stage may have."""
     for name, kinds in MAY_NAME.get(str(stage.get("kind")), {}).items():
         section, _, key = name.rpartition(".")
-        named = _within(stage, section, key) if section else stage.get(key)
+        named = within(stage, section, key) if section else stage.get(key)
         if isinstance(named, str) and named:
             yield name, named, kinds
 
 
-def _chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
-    if not isinstance(stages, dict):
-        return
-    order = {name: index for index, name in enumerate(stages)}
-    for name, stage in stages.items():
-        if not isinstance(stage, dict):
-            continue
-        for key, target, kinds in _references(stage):
-            at = ("stages", name, *key.split("."))
-            if target == name:
-                yield at, "a stage cannot build on itself"
-            elif target not in stages:
-                if key in SCORERS and is_address(target):
-                    yield from ((at, problem) for problem in _address_problems(target))
-                    continue
-                if _names_a_model(target, folder) or (key in SCORERS and FUNCTION.fullmatch(target)):
-                    continue
-                yield at, f"there is no stage {target}{did_you_mean(target, [n for n in stages if n != name])}"
-            elif order[target] > order[name]:
-                yield at, f"stage {target} comes later in the file; a stage builds on earlier ones only"
-            else:
-                found = stages[target].get("kind") if isinstance(stages[target], dict) else None
-                if isinstance(found, str) and found in STAGE_KINDS and found not in kinds:
-                    yield at, f"must name a stage of kind {either(kinds)}; {target} is of kind {found}"
+def within(stage: Mapping[str, Any], section: str, key: str) -> Any:
+    """Return a setting of a mapping within a stage, or None."""
+    found = stage.get(section)
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def is_address(reward: str) -> bool:
@@ -999,115 +698,20 @@ def is_address(reward: str) -> bool:
     return "://" in reward and not reward.startswith(HUB)
 
 
-def _address_problems(written: str) -> Iterator[str]:
-    """Yield what is wrong with the address of a reward server; what may be a secret is not repeated."""
-    if "@" in written:
-        yield "has a user or a password in it, and recipes are published; a reward server asks for none"
-        return
-    try:
-        address = urlsplit(written)
-        plain = address.scheme in ("http", "https") and address.hostname and not address.query + address.fragment
-        wrong = "" if plain else "http:// or https://, a host, and :port"
-        _ = address.port
-    except ValueError as error:
-        wrong = str(error)
-    if wrong:
-        seen = written.partition("?")[0][:80]
-        yield f"is no address of a reward server ({wrong}), such as http://127.0.0.1:8000; seen {seen}"
+# ---------------------------------------------------------------- written out
 
 
-# ---------------------------------------------------------------- paths
+def resolved_yaml(recipe: Recipe) -> str:
+    """Return the recipe with every default written out. Loaded from the same working directory it gives it again."""
+    data = recipe.model_dump()
+    for name, stage in recipe.stages.items():
+        fields = type(stage).model_fields
+        first = [key for key in ("kind", *fields) if fields[key].is_required()]  # what the user has to decide
+        own = [key for kind in type(stage).__mro__ for key in getattr(kind, "__annotations__", ()) if key in fields]
+        data["stages"][name] = {key: data["stages"][name][key] for key in dict.fromkeys([*first, *own])}
+    return write_yaml(data)
 
 
-def _path_problems(data: dict[str, Any], folder: Path, look: bool) -> Iterator[Problem]:
-    """Yield what is not there, and put paths that open from the working directory in place of the ones written."""
-    base, stages, evaluation = data.get("base"), data.get("stages"), data.get("evaluation")
-    if isinstance(base, dict):
-        yield from _model(base, "model", ("base", "model"), folder, look)
-        yield from _unpinned_code(base)
-        yield from _file(base, "chat_template", ("base", "chat_template"), folder, look, "chat template file")
-    yield from _file(data, "data_root", ("data_root",), folder, look, "folder")
-    stages = stages if isinstance(stages, dict) else {}
-    for name, stage in stages.items():
-        if isinstance(stage, dict):
-            for key in ("data", "normalize_on", "prompts"):
-                yield from _file(stage, key, ("stages", name, key), folder, look, "data card")
-                for index, portion in enumerate(stage[key] if isinstance(stage.get(key), list) else []):
-                    if isinstance(portion, dict):
-                        at = ("stages", name, key, index, "card")
-                        yield from _file(portion, "card", at, folder, look, "data card")
-            for key, target, _ in _references(stage):
-                if _names_a_model(target, folder) and target not in stages:
-                    at = ("stages", name, *key.split("."))
-                    settings = _at(at[:-1], data)
-                    yield from _artefact(settings, at, folder, look, bare_hub_id=key in SCORERS)
-            if isinstance(stage.get("ptx"), dict):
-                yield from _file(stage["ptx"], "data", ("stages", name, "ptx", "data"), folder, look, "data card")
-    if isinstance(evaluation, dict):
-        yield from _file(evaluation, "prompts", ("evaluation", "prompts"), folder, look, "data card")
-
-
-def _unpinned_code(base: dict[str, Any]) -> Iterator[Problem]:
-    """Yield that code of the Hub that can change would be run; a local `base.model` is a path that opens by now."""
-    model, revision = base.get("model"), base.get("revision", "main")
-    if base.get("trust_remote_code") is not True or not isinstance(model, str) or find_path(model, [Path()]):
-        return
-    if not (isinstance(revision, str) and COMMIT.fullmatch(revision)):
-        yield (
-            ("base", "trust_remote_code"),
-            f"runs code from the Hub, so base.revision must be a commit of 40 hex digits; seen {str(revision)[:60]}",
-        )
-
-
-def _names_a_model(target: str, folder: Path) -> bool:
-    """Whether what is no stage is written as a folder or a repository of the Hub."""
-    if FUNCTION.fullmatch(target) or is_address(target):
-        return False
-    here = find_path(target, [folder, Path()])
-    return re.search("[/:]", target) is not None or (here is not None and here.is_dir())
-
-
-def _artefact(
-    settings: dict[str, Any], at: KeyPath, folder: Path, look: bool, *, bare_hub_id: bool
-) -> Iterator[Problem]:
-    """Yield what is wrong with the name of an adapter or a model, which of a reward model may lack its hub://."""
-    key = str(at[-1])
-    written = settings[key]
-    if written.startswith(HUB):
-        if hub_reference(written) is None:
-            yield at, f"must be written {HubReference.FORM}; seen {written[:80]}"
-        return
-    if not bare_hub_id and HUB_ID.fullmatch(written) and find_path(written, [folder, Path()]) is None:
-        if look:
-            yield at, f"there is no folder {written}; on the Hub it is {HUB}{written}"
-        return
-    yield from _model(settings, key, at, folder, look)
-
-
-def _file(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: bool, what: str) -> Iterator[Problem]:
-    written = settings.get(key)
-    if not isinstance(written, str) or not written:
-        return
-    found = find_path(written, [folder, Path()])
-    if found is not None and found.is_dir() == (what == "folder"):
-        settings[key] = str(found)
-    elif look and found is not None:
-        yield at, f"{found} is a {'folder' if found.is_dir() else 'file'}, not a {what}"
-    elif look:
-        yield at, f"there is no {what} {written}{not_found(written, [folder, Path()])}"
-
-
-def _model(settings: dict[str, Any], key: str, at: KeyPath, folder: Path, look: bool) -> Iterator[Problem]:
-    written = settings.get(key)
-    if not isinstance(written, str) or not written:
-        return
-    found = find_path(written, [folder, Path()])
-    if found is not None and found.is_dir():
-        settings[key] = str(found)
-    elif found is not None:
-        yield at, f"{written} is a file; name the checkpoint's folder"
-    elif look and not HUB_ID.fullmatch(written):
-        hub = "" if re.match(r"[./~]", written) else ", and a Hub id looks like owner/name"
-        if re.fullmatch(r"[\w.-]+:\d+", written):
-            hub = f"; the address of a reward server is http://{written}"
-        yield at, f"there is no model folder {written}{not_found(written, [folder, Path()])}{hub}"
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors."""
+    return Recipe.model_json_schema()

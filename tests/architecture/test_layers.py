@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "rlhf_kit"
 FLOORS = (  # from the ground up; a module imports from its own floor or from below, and never in a circle
     {"errors", "memory"},
     {"marked_yaml", "settings", "columns"},
-    {"recipe", "maths", "artifacts", "rehearsal", "gradients"},
+    {"recipe", "recipe_problems", "recipe_reading", "maths", "artifacts", "rehearsal", "gradients"},
     {"data_cards", "model_folders"},
     {"data_files", "foreign"},
     {"examples", "batches", "chat_templates"},
@@ -41,6 +41,8 @@ WITHOUT_TORCH = (
     "marked_yaml",
     "settings",
     "recipe",
+    "recipe_problems",
+    "recipe_reading",
     "columns",
     "data_cards",
     "data_files",

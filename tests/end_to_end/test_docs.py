@@ -28,7 +28,8 @@ from rlhf_kit.__main__ import app
 from rlhf_kit.check import check_recipe
 from rlhf_kit.collate import load_text_format
 from rlhf_kit.models import add_adapter, load_base
-from rlhf_kit.recipe import Adapter, Base, load_recipe
+from rlhf_kit.recipe import Adapter, Base
+from rlhf_kit.recipe_reading import load_recipe
 from tests import tiny
 from tests.end_to_end import chain
 

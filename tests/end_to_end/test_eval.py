@@ -66,7 +66,7 @@ def test_perplexity_is_that_of_the_model(finished, measured):
     from rlhf_kit.collate import load_text_format, tokenise_demonstrations
     from rlhf_kit.data_cards import load_card
     from rlhf_kit.examples.loading import load_examples
-    from rlhf_kit.recipe import written_recipe
+    from rlhf_kit.recipe_reading import written_recipe
 
     recipe = written_recipe(finished / "recipe.resolved.yaml")
     rows = tokenise_demonstrations(

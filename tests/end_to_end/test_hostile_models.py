@@ -19,7 +19,7 @@ import torch
 from rlhf_kit import models
 from rlhf_kit.errors import InputError
 from rlhf_kit.model_folders import ModelFolder, check_adapter, opened
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_reading import load_recipe
 from rlhf_kit.scorers import ClassifierScorer
 from tests import tiny
 from tests.end_to_end.chain import ROOT, write_chain

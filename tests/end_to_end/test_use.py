@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rlhf_kit
 from rlhf_kit.artifacts import read_manifest
 from rlhf_kit.collate import load_text_format
-from rlhf_kit.recipe import written_recipe
+from rlhf_kit.recipe_reading import written_recipe
 from tests import tiny
 from tests.end_to_end.chain import ROOT, command, environment, run, run_chain, write_chain
 

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from rlhf_kit.check import check_recipe
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import read_yaml, write_yaml
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_reading import load_recipe
 from tests.plain import CARD, QUESTIONS, RECIPE, make_workplace, write_model
 
 SECONDS = 20.0

@@ -12,7 +12,7 @@ from rlhf_kit import models
 from rlhf_kit.collate import load_text_format
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.examples.loading import load_examples
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_reading import load_recipe
 from rlhf_kit.stages import Job, StopRequest
 from tests import tiny
 from tests.invariants import roles

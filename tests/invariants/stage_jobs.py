@@ -14,7 +14,8 @@ from torch import Tensor
 from rlhf_kit.collate import load_text_format
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.examples.loading import load_examples
-from rlhf_kit.recipe import Recipe, load_recipe
+from rlhf_kit.recipe import Recipe
+from rlhf_kit.recipe_reading import load_recipe
 from rlhf_kit.stages import Job, StopRequest
 from tests import tiny
 

@@ -15,7 +15,7 @@ from rlhf_kit.check import check_recipe, longest, plan
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples.rows import Demonstration, Preference, PromptRow
 from rlhf_kit.model_folders import ModelFolder, safetensors_header
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_reading import load_recipe
 from tests.plain import make_workplace, write_jsonl, write_model, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,7 @@ class TestPlan:
     def test_it_imports_nothing_heavy(self, workplace):
         """Neither torch, transformers, datasets nor pandas is loaded, so that the answer comes at once."""
         code = (
-            "import sys\nfrom rlhf_kit.check import check_recipe\nfrom rlhf_kit.recipe import load_recipe\n"
+            "import sys\nfrom rlhf_kit.check import check_recipe\nfrom rlhf_kit.recipe_reading import load_recipe\n"
             "check_recipe(load_recipe('recipe.yaml'))\n"
             "print([name for name in ('torch', 'transformers', 'datasets', 'pandas', 'numpy') if name in sys.modules])"
         )

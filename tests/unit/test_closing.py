@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_kit.closing import print_closing_table
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_reading import load_recipe
 from tests import tiny
 
 SUMMARY = {

@@ -10,7 +10,7 @@ from rlhf_kit import forecast, models, passes
 from rlhf_kit.collate import load_text_format
 from rlhf_kit.errors import InputError
 from rlhf_kit.maths.products import FrozenMatrix, packs
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_reading import load_recipe
 from rlhf_kit.rehearsal import Machine, rehearsing
 from tests.end_to_end import chain
 from tests.invariants import roles

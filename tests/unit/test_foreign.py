@@ -17,7 +17,7 @@ from rlhf_kit import artifacts, foreign, models, recipe
 from rlhf_kit.check import check_recipe
 from rlhf_kit.collate import left_pad, load_text_format
 from rlhf_kit.errors import InputError
-from rlhf_kit.recipe import load_recipe
+from rlhf_kit.recipe_reading import load_recipe
 from rlhf_kit.scorers import Written, scorer_of
 from tests import tiny
 from tests.others import add_value_head, make_adapter

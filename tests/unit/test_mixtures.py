@@ -13,7 +13,8 @@ from rlhf_kit.errors import InputError
 from rlhf_kit.examples.loading import Share as Part
 from rlhf_kit.examples.loading import load_examples, mixed
 from rlhf_kit.marked_yaml import write_yaml
-from rlhf_kit.recipe import Portion, load_recipe, resolved_yaml
+from rlhf_kit.recipe import Portion, resolved_yaml
+from rlhf_kit.recipe_reading import load_recipe
 from tests.plain import RECIPE, make_workplace, write_jsonl
 
 

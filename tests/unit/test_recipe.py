@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import read_yaml, write_yaml
-from rlhf_kit.recipe import Recipe, load_recipe, recipe_schema, resolved_yaml, written_recipe
+from rlhf_kit.recipe import Recipe, recipe_schema, resolved_yaml
+from rlhf_kit.recipe_reading import load_recipe, written_recipe
 from tests.faults.bad_inputs import mutated
 from tests.plain import RECIPE, make_workplace
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from rlhf_kit.check import check_recipe
-from rlhf_kit.recipe import load_recipe, resolved_yaml
+from rlhf_kit.recipe import resolved_yaml
+from rlhf_kit.recipe_reading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
