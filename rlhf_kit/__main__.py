@@ -117,7 +117,8 @@ def check_data(
     data_root: DataRoot = None,
 ) -> None:
     """Audit what a card yields: rows dropped and why, repetitions, conflicts, lengths, agreement, odd characters."""
-    from rlhf_kit.audit import as_json, audit, lines_of
+    from rlhf_kit.audit import audit
+    from rlhf_kit.audit_words import as_json, lines_of
     from rlhf_kit.data_cards import load_card
 
     found_card = load_card(card, data_root)

@@ -2,12 +2,8 @@
 
 Rows flow through once. Of each 43 bytes are kept in a temporary file, hashes and where it stood, from which repetitions
 are told at the end; everything else is counted on the way. So memory does not grow with the data, except for rankings
-whose completions have a row each. Plain cards over JSON lines, whose columns are texts, are read in blocks of columns;
-all others row by row, several times slower.
-
-Near duplicates are found by MinHash: two rows count as near if six, or another six, of twelve permutations agree on the
-least of their shingles, 16 bytes from the beginning of each word (of each letter, in scripts without spaces). Of pairs
-that share 95 % of their shingles about 93 % are found, of 80 %: 46 %, of 50 %: 3 %.
+whose completions have a row each. `row_batches` has how rows come, `sketches` how repetitions are told, `audit_words`
+how what was found is written.
 """
 
 from __future__ import annotations
@@ -17,36 +13,24 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import chain, combinations, islice, repeat
-from pathlib import Path
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from rlhf_kit.columns import path_of, template_columns
-from rlhf_kit.data_cards import DataCard, HubSource, data_suffix
-from rlhf_kit.data_files import Block, file_rows, json_blocks, json_row
-from rlhf_kit.errors import InputError
+from rlhf_kit import sketches
+from rlhf_kit.data_cards import DataCard
 from rlhf_kit.examples.book import OVER_LINES, SHOWN, Book
-from rlhf_kit.examples.messages import SPELLS_MESSAGES
-from rlhf_kit.examples.missing_columns import check_columns
-from rlhf_kit.examples.reading import canonical_rows, read_rows, taken_rows
-from rlhf_kit.examples.rows import Demonstration, Preference, Prompt, Ranking, Row, Text, probability_of, refusal
+from rlhf_kit.examples.rows import Prompt, Ranking, Text, probability_of, refusal
 from rlhf_kit.maths.statistics import krippendorff_alpha
 from rlhf_kit.memory import keep_freed_memory
+from rlhf_kit.row_batches import Batch, batches
 
-__all__ = ["Audit", "Measured", "as_json", "audit", "lines_of"]
+__all__ = ["Audit", "Measured", "audit"]
 
-BATCH = 2048
-"""Rows that are looked at together where they come one by one."""
-SHINGLE = 16
-"""Bytes of a shingle."""
-PERMUTATIONS, BANDS = 12, 2
-PART, CHUNK = 2**21, 2**16
-"""Hashes that are sorted together, and records that are read together."""
 SAMPLED = 64
 """One row in so many is tokenised to say how long rows are; every one that may be too long is."""
 
@@ -123,171 +107,13 @@ def audit(card: DataCard, measured: Measured | None = None) -> Audit:
     with _Looking(card, measured) as looking, ThreadPoolExecutor(1) as beside:
         before: Future[None] | None = None
         for side, source in enumerate(sources):
-            for batch in _batches(card, source, looking.book):  # NumPy looks at one while the next one is read
+            for batch in batches(card, source, looking.book):  # NumPy looks at one while the next one is read
                 if before is not None:
                     before.result()
                 before = beside.submit(looking.at, batch, side)
         if before is not None:
             before.result()
         return looking.found()
-
-
-# ---------------------------------------------------------------- batches of rows
-
-
-@dataclass
-class _Batch:
-    """Rows, column by column."""
-
-    files: list[str]
-    file: np.ndarray
-    """Of each row its place in `files`."""
-    line: np.ndarray
-    element: np.ndarray
-    """Which element of that line it is, where several rows stand on one; else 0."""
-    keys: list[str]
-    """The prompts, such that different ones differ."""
-    prompts: list[str]
-    """Their texts."""
-    answers: list[list[str]]
-    """The texts beside the prompt: completions; chosen and rejected; of a ranking all in one."""
-    hashes: list[np.ndarray]
-    """Of the answers without the white space around them."""
-    who: Sequence[str | None] | None = None
-    """The annotators, where there are any."""
-    rows: Sequence[Row] | None = None
-    """The rows themselves, where they came one by one."""
-
-
-def _batches(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[_Batch]:
-    files = [] if isinstance(source, HubSource) else list(source)
-    if not files or not all(_is_plain(card, path) for path in files):
-        yield from _by_rows(card, source, book)
-        return
-    for path in files:
-        yield from _by_blocks(card, path, book)
-
-
-def _by_rows(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[_Batch]:
-    rows = canonical_rows(card, source, book) if card.kind == "rankings" else read_rows(card, source, book)
-    while chunk := [row for row in islice(rows, BATCH) if isinstance(row, Row)]:
-        yield _batch(chunk)
-
-
-def _batch(rows: Sequence[Row]) -> _Batch:
-    keys, prompts = [], []
-    answers: list[list[str]] = []
-    for row in rows:
-        prompt: Prompt = "" if isinstance(row, Text) else row.prompt
-        keys.append(prompt if isinstance(prompt, str) else json.dumps(prompt))
-        prompts.append(_text(prompt))
-        answers.append(_answers(row))
-    places = [row.where.rpartition(":") for row in rows]
-    files = list(dict.fromkeys(file for file, _, _ in places))
-    file = np.array([files.index(name) for name, _, _ in places])
-    numbers = [number.partition("#") for _, _, number in places]
-    line = np.array([int(number) for number, _, _ in numbers])
-    element = np.array([int(number or 0) for _, _, number in numbers])
-    columns = [list(column) for column in zip(*answers, strict=True)]
-    who = [getattr(row, "annotator", None) for row in rows]
-    return _Batch(files, file, line, element, keys, prompts, columns, list(map(_stripped_hashes, columns)), who, rows)
-
-
-def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-
-
-def _answers(row: Row) -> list[str]:
-    match row:
-        case Text(text=text):
-            return [text]
-        case Demonstration(completion=completion):
-            return [completion]
-        case Preference(chosen=chosen, rejected=rejected):
-            return [chosen, rejected]
-        case Ranking(completions=completions):
-            return ["\n\n".join(completions)]
-    return []
-
-
-def _is_plain(card: DataCard, path: Path) -> bool:
-    """Return whether the rows are lines of JSON with texts in columns, and the card takes them as they are."""
-    suffix = (data_suffix(path) or "").removesuffix(".gz").removesuffix(".zst")
-    ways = [way for name, way in card.columns.items() if name in card.mapped or name not in ("margin", "annotator")]
-    return (
-        suffix in (".jsonl", ".ndjson")
-        and card.kind in ("demonstrations", "preferences", "prompts", "text")
-        and not (card.format or card.templates or card.preferred or card.filters.where or card.filters.max_rows)
-        and not card.mapped & {"margin", "ratings", "probability", "first", "second"}
-        and all(isinstance(way, str) and len(path_of(way)) == 1 and not template_columns(way) for way in ways)
-    )
-
-
-def _by_blocks(card: DataCard, path: Path, book: Book) -> Iterator[_Batch]:
-    """Yield the rows of a file of JSON lines with plain columns."""
-    names = [name for name in ("prompt", "completion", "chosen", "rejected", "text") if name in card.columns]
-    theirs = {name: str(card.columns[name]) for name in names}
-    where, cells = next(file_rows(path), ("", None))
-    if cells is None:
-        raise InputError(f"{path}: is empty, there is no row in it")
-    check_columns(card, where, cells)
-    who, by_line = str(card.columns.get("annotator")), "margin" in card.columns and "margin" in cells
-    if who in cells:
-        theirs["annotator"] = who
-        by_line |= not isinstance(cells[who], str)
-    for block in json_blocks(path, sorted(set(theirs.values()))):
-        if by_line or block.columns is None or _may_spell_messages(block.columns, theirs):
-            yield from _by_lines(card, block, book)
-            continue
-        columns = {name: block.columns[way].to_pylist() for name, way in theirs.items()}
-        yield from _by_columns(card, block, columns, book)
-
-
-def _may_spell_messages(columns: Mapping[str, Any], theirs: Mapping[str, str]) -> bool:
-    """Return whether a prompt or an answer may be a JSON list of messages, written as text."""
-    from pyarrow import compute
-
-    looked_at = [columns[way] for name, way in theirs.items() if name not in ("text", "annotator")]
-    return any(compute.any(compute.match_substring_regex(column, SPELLS_MESSAGES)).as_py() for column in looked_at)
-
-
-def _by_lines(card: DataCard, block: Block, book: Book) -> Iterator[_Batch]:
-    rows: list[Row] = []
-    for where, line in block.lines():
-        book.read += 1
-        rows += [row for row in taken_rows(card, json_row(line, where), where, book) if isinstance(row, Row)]
-    if rows:
-        yield _batch(rows)
-
-
-def _by_columns(card: DataCard, block: Block, columns: dict[str, list[str]], book: Book) -> Iterator[_Batch]:
-    count = len(next(iter(columns.values())))
-    book.read += count
-    lines = np.arange(block.first_line, block.first_line + count)
-    prompts: list[str] | None = columns.pop("prompt", None)
-    who: Any = columns.pop("annotator", None)
-    hashes = [_stripped_hashes(column) for column in columns.values()]
-    broken = np.zeros(count, bool)
-    for column in hashes:
-        broken |= column == _EMPTY
-    if prompts is not None and "" in (stripped := list(map(str.strip, prompts))):
-        broken |= np.array([not text for text in stripped])
-    if card.kind == "preferences":
-        broken |= hashes[-2] == hashes[-1]
-    if broken.any():
-        for row, (where, line) in enumerate(block.lines()):
-            if broken[row]:
-                taken_rows(card, json_row(line, where), where, book)
-        keep = np.flatnonzero(~broken)
-        columns = {name: [column[row] for row in keep] for name, column in columns.items()}
-        prompts = prompts and [prompts[row] for row in keep]
-        who = who and [who[row] for row in keep]
-        lines, hashes = lines[keep], [column[keep] for column in hashes]
-    if len(lines):
-        keys = [""] * len(lines) if prompts is None else prompts
-        file = np.zeros(len(lines), int)
-        named: list[str | None] | None = who and [name or None for name in who]
-        yield _Batch([str(block.path)], file, lines, file, keys, keys, list(columns.values()), hashes, named)
 
 
 # ---------------------------------------------------------------- looking at them
@@ -322,33 +148,33 @@ class _Looking:
         self.rows.close()
         self.pairs.close()
 
-    def at(self, batch: _Batch, side: int) -> None:
+    def at(self, batch: Batch, side: int) -> None:
         """Look at some rows."""
         size = len(batch.keys)
         records = np.zeros(size, ROW)
         records["line"], records["element"] = batch.line, batch.element
         records["file"] = np.array([self.files.setdefault(file, len(self.files)) for file in batch.files])[batch.file]
         records["side"] = side
-        prompts = _hashes(batch.keys)
+        prompts = sketches.hashes(batch.keys)
         records["prompt"] = prompts
-        records["row"] = sum((_mixed(hashes, place) for place, hashes in enumerate([prompts, *batch.hashes])))
+        records["row"] = sum((sketches.mixed(hashes, place) for place, hashes in enumerate([prompts, *batch.hashes])))
         who = np.zeros(size, np.uint64)
         if batch.who is not None and any(name is not None for name in batch.who):
             named = np.array([name is not None for name in batch.who])
-            who[named] = _mixed(_hashes([str(name) for name in batch.who]), 9)[named]
+            who[named] = sketches.mixed(sketches.hashes([str(name) for name in batch.who]), 9)[named]
             self.annotators.update(name for name in batch.who if name is not None)
         if self.card.votes is None:
             records["row"] += who  # two people's equal judgements are no repetition
         else:  # votes on one pair are put together, whichever way they went
             records["row"] = self._pairs_of(prompts, batch)
         lengths = [np.fromiter(map(len, column), np.int64, size) for column in [batch.prompts, *batch.answers]]
-        data, offsets = _laid_out([batch.prompts, *batch.answers], lengths)
+        data, offsets = sketches.laid_out([batch.prompts, *batch.answers], lengths)
         self._look_at_bytes(batch, data, offsets, records)
         if self.card.kind != "text":
             self._look_at_whole_texts(batch, records)
-        least = _least(data, offsets)
-        bands = _mixed(least.astype(np.uint64), 0).reshape(BANDS, -1, size)
-        for band in range(BANDS):
+        least = sketches.least(data, offsets)
+        bands = sketches.mixed(least.astype(np.uint64), 0).reshape(sketches.BANDS, -1, size)
+        for band in range(sketches.BANDS):
             hashed = np.zeros(size, np.uint64)
             for row in bands[band]:
                 hashed = hashed * np.uint64(0x100000001B3) ^ row
@@ -365,7 +191,7 @@ class _Looking:
         self.count += size
         self.on_side[side] += size
 
-    def _look_at_bytes(self, batch: _Batch, data: np.ndarray, offsets: np.ndarray, records: np.ndarray) -> None:
+    def _look_at_bytes(self, batch: Batch, data: np.ndarray, offsets: np.ndarray, records: np.ndarray) -> None:
         """Count letters, and note rows with characters or words that do not belong into text."""
         self.letters[ord("a")] += np.count_nonzero(((data | 32) - np.uint8(97)) < 26)
         low = np.flatnonzero((data < 32) | (data == 127))
@@ -383,7 +209,7 @@ class _Looking:
             rows = np.unique(_rows_at(brackets, offsets))
             self._note("template tokens", _matching(MARKERS, batch, rows.tolist()), records)
 
-    def _look_at_whole_texts(self, batch: _Batch, records: np.ndarray) -> None:
+    def _look_at_whole_texts(self, batch: Batch, records: np.ndarray) -> None:
         """Note rows with a text that is a cell misread: a structure, or a word for nothing."""
         answers = [text for column in batch.answers for text in enumerate(column)]
         if self.card.kind == "rankings":  # whose completions are one text in answers
@@ -408,7 +234,7 @@ class _Looking:
         return f"{names[int(record['file'])]}:{int(record['line'])}{f'#{element}' if element else ''}"
 
     def _look_at_labels(
-        self, batch: _Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray], who: np.ndarray
+        self, batch: Batch, prompts: np.ndarray, lengths: Sequence[np.ndarray], who: np.ndarray
     ) -> None:
         if self.card.kind == "preferences":
             chosen, rejected = batch.hashes
@@ -433,10 +259,10 @@ class _Looking:
             self.characters["prompt"] += int(lengths[0].sum())
 
     @staticmethod
-    def _pairs_of(prompts: np.ndarray, batch: _Batch) -> np.ndarray:
+    def _pairs_of(prompts: np.ndarray, batch: Batch) -> np.ndarray:
         """Return hashes that are equal for the same two completions of a prompt, in either order."""
         chosen, rejected = batch.hashes
-        return _mixed(prompts, 0) + _mixed(chosen, 1) + _mixed(rejected, 1)
+        return sketches.mixed(prompts, 0) + sketches.mixed(chosen, 1) + sketches.mixed(rejected, 1)
 
     def _count_judged(self, pairs: np.ndarray, sign: int = 1) -> None:
         """Add judgements to (or, with sign -1, take them from) the ties and what "longer wins" would score."""
@@ -466,7 +292,7 @@ class _Looking:
         pairs.tofile(self.pairs)
         self._count_judged(pairs)
 
-    def _look_at_tokens(self, batch: _Batch, records: np.ndarray) -> None:
+    def _look_at_tokens(self, batch: Batch, records: np.ndarray) -> None:
         """Count the tokens of a sample of the rows, and of every row that may be too long."""
         assert self.measured is not None
         for at in range(len(batch.keys)):
@@ -531,17 +357,17 @@ class _Looking:
     def _tell_duplicates(self, result: Audit) -> None:
         repeated = np.zeros(self.count, bool)
         shown: list[list[int]] = []
-        for rows, _, starts in _repeated(self.rows, ROW, "row"):
-            repeated[_later(rows, starts)] = True
-            shown += _examples(rows, starts, SHOWN - len(shown))
+        for rows, _, starts in sketches.repeated(self.rows, ROW, "row"):
+            repeated[sketches.later(rows, starts)] = True
+            shown += sketches.examples(rows, starts, SHOWN - len(shown))
         near = np.zeros(self.count, bool)
         near_shown: list[list[int]] = []
-        for band in range(BANDS):
-            for rows, records, _ in _repeated(self.rows, ROW, f"near{band}"):
+        for band in range(sketches.BANDS):
+            for rows, records, _ in sketches.repeated(self.rows, ROW, f"near{band}"):
                 once = ~repeated[rows]
-                rows, starts = rows[once], _starts(records[f"near{band}"][once])
-                near[_later(rows, starts)] = True
-                near_shown += _examples(rows, starts, SHOWN - len(near_shown))
+                rows, starts = rows[once], sketches.starts(records[f"near{band}"][once])
+                near[sketches.later(rows, starts)] = True
+                near_shown += sketches.examples(rows, starts, SHOWN - len(near_shown))
         votes = self.card.votes is not None  # on one pair: counted as put together, not as repetitions
         result.duplicates = {
             "of_rows": self.count - int(repeated.sum()) * votes,
@@ -554,7 +380,7 @@ class _Looking:
         if card.kind != "text":
             unique, shared = self.count, 0
             shown: list[list[int]] = []
-            for rows, records, starts in _repeated(self.rows, ROW, "prompt"):
+            for rows, records, starts in sketches.repeated(self.rows, ROW, "prompt"):
                 unique -= len(rows) - len(starts)
                 sides = records["side"]
                 both = np.flatnonzero(
@@ -582,7 +408,7 @@ class _Looking:
         pairs, judged_twice, conflicting = self.pairs.tell() // PAIR.itemsize, 0, 0
         shown: list[list[int]] = []
         judged: list[np.ndarray] = []
-        for _, records, starts in _repeated(self.pairs, PAIR, "pair"):
+        for _, records, starts in sketches.repeated(self.pairs, PAIR, "pair"):
             ends = np.append(starts[1:], len(records))
             counts = np.stack(
                 [np.add.reduceat((records["vote"] == vote).astype(np.int64), starts) for vote in range(3)], axis=1
@@ -671,47 +497,9 @@ class _Looking:
         return places
 
 
-# ---------------------------------------------------------------- hashes and sketches
+# ---------------------------------------------------------------- what texts hold
 
-_EMPTY = np.uint64(hash("") & (2**64 - 1))
-
-_SEEDS = np.random.default_rng(20170612).integers(2**63, size=PERMUTATIONS, dtype=np.uint64)
-_ODDS = (_SEEDS | np.uint64(1)).astype(np.uint32)
 _CONTROL = np.array([(number < 32 and chr(number) not in "\t\n\r") or number == 127 for number in range(256)])
-
-
-def _hashes(texts: Sequence[str]) -> np.ndarray:
-    """Return 64-bit hashes, which hold within this process."""
-    return np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64)
-
-
-def _mixed(hashes: np.ndarray, place: int) -> np.ndarray:
-    """Return hashes that differ by the place that the hashed thing has."""
-    mixed = (hashes + np.uint64(place)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(29)
-    return mixed * np.uint64(0xBF58476D1CE4E5B9)
-
-
-def _least(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return the least hashes [permutations, rows] of the shingles of texts, each of which ends with SHINGLE spaces."""
-    starts = offsets[:-1]
-    low = data <= 32
-    begins = np.empty(len(data), bool)
-    begins[1:] = low[:-1] > low[1:]
-    if data.max() >= 0xE0:
-        begins |= data >= 0xE0  # scripts without spaces: each of their letters begins a shingle
-    begins[starts] = True
-    words = np.flatnonzero(begins)
-    # All pieces of SHINGLE bytes, as opaque elements: three times as fast to pick from as unaligned numbers.
-    pieces = np.lib.stride_tricks.as_strided(data[:SHINGLE].view(f"V{SHINGLE}"), (len(data) - SHINGLE + 1,), (1,))
-    picked = pieces[words].view(np.uint64) | np.uint64(0x2020202020202020)  # upper case letters become lower case ones
-    hashes = picked[::2] * np.uint64(0x9E3779B97F4A7C15)
-    hashes ^= hashes >> np.uint64(32)
-    hashes += picked[1::2]
-    hashes *= np.uint64(0xBF58476D1CE4E5B9)
-    small = (hashes >> np.uint64(32)).astype(np.uint32)
-    first, permuted = np.searchsorted(words, starts), np.empty_like(small)
-    return np.stack([np.minimum.reduceat(np.multiply(small, odd, out=permuted), first) for odd in _ODDS])
 
 
 def _numbers(characters: str) -> list[int]:
@@ -721,22 +509,7 @@ def _numbers(characters: str) -> list[int]:
     return [ord(character) for character in characters]
 
 
-def _stripped_hashes(texts: Sequence[str]) -> np.ndarray:
-    """Return the hashes of texts without the white space around them; most have none, and keep their hash."""
-    return _hashes(list(map(str.strip, texts)))
-
-
-def _laid_out(columns: Sequence[Sequence[str]], lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes of all rows, each with its texts and SHINGLE spaces, and where each row begins and ends."""
-    whole = "\n".join(chain.from_iterable(zip(*columns, repeat(" " * SHINGLE), strict=False))) + "\n"
-    data = np.frombuffer(whole.encode(), np.uint8)
-    if len(data) > len(whole):
-        lengths = [np.array([len(text.encode()) for text in column]) for column in columns]
-    sizes = np.sum(lengths, axis=0) + len(columns) + SHINGLE + 1
-    return data, np.append(0, np.cumsum(sizes))
-
-
-def _matching(pattern: re.Pattern[str], batch: _Batch, rows: Iterable[int]) -> np.ndarray:
+def _matching(pattern: re.Pattern[str], batch: Batch, rows: Iterable[int]) -> np.ndarray:
     """Return those of the rows of which a text has a match."""
     columns = [batch.prompts, *batch.answers]
     return np.array([row for row in rows if any(pattern.search(column[row]) for column in columns)], dtype=int)
@@ -755,81 +528,6 @@ def _rows_at(positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.searchsorted(offsets, positions, side="right") - 1
 
 
-def _repeated(file: Any, dtype: np.dtype, name: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield records whose hash `name` occurs more than once: their numbers, themselves, and where each group begins.
-
-    Equal ones stand side by side in the order in which they were written. Every part of the hashes is looked at by
-    itself, so that memory does not grow with their number.
-    """
-    file.flush()
-    file.seek(0, 2)
-    total = file.tell() // dtype.itemsize
-    parts = -(-total // PART)
-    for part in range(parts):
-        hashes = np.concatenate([
-            chunk[name] if parts == 1 else chunk[name][_part(chunk[name], parts) == part]
-            for _, chunk in _chunks(file, dtype, total)
-        ])  # fmt: skip
-        hashes.sort()
-        again = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        del hashes
-        if not len(again):
-            continue
-        numbers, records = [], []
-        for start, chunk in _chunks(file, dtype, total):
-            inside = np.flatnonzero(_among(chunk[name], again))
-            numbers.append(inside + start)
-            records.append(chunk[inside])
-        order = np.argsort(np.concatenate(records)[name], kind="stable")
-        ordered = np.concatenate(records)[order]
-        yield np.concatenate(numbers)[order], ordered, _starts(ordered[name])
-
-
-def _chunks(file: Any, dtype: np.dtype, total: int) -> Iterator[tuple[int, np.ndarray]]:
-    file.seek(0)
-    for start in range(0, total, CHUNK):
-        yield start, np.frombuffer(file.read(min(CHUNK, total - start) * dtype.itemsize), dtype)
-
-
-def _part(hashes: np.ndarray, parts: int) -> np.ndarray:
-    return (hashes >> np.uint64(40)) % np.uint64(parts)
-
-
-def _among(hashes: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Return which of the hashes are among some ordered ones."""
-    return ordered[np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)] == hashes
-
-
-def _starts(ordered: np.ndarray) -> np.ndarray:
-    """Return where another hash begins."""
-    return np.flatnonzero(np.append(len(ordered) > 0, ordered[1:] != ordered[:-1]))
-
-
-def _votes_of_annotators(records: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return the votes [pairs, 3] of named annotators on the pairs that several judged; each has one, the first."""
-    group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(records))))
-    named = np.flatnonzero(records["who"])
-    keys = group[named].astype(np.uint64) << np.uint64(32) | records["who"][named].astype(np.uint64)
-    _, first = np.unique(keys, return_index=True)
-    votes = np.zeros((len(starts), 3), np.int64)
-    np.add.at(votes, (group[named[first]], records["vote"][named[first]]), 1)
-    return votes[votes.sum(axis=1) > 1]
-
-
-def _later(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return all rows but the first of each group."""
-    later = np.ones(len(rows), bool)
-    later[starts] = False
-    return rows[later]
-
-
-def _examples(rows: np.ndarray, starts: np.ndarray, wanted: int) -> list[list[int]]:
-    """Return the first two rows of the groups of several that come first."""
-    several = np.flatnonzero(np.diff(np.append(starts, len(rows))) > 1)
-    chosen = several[np.argsort(rows[starts[several]])][: max(wanted, 0)]
-    return [[int(rows[starts[group]]), int(rows[starts[group] + 1])] for group in chosen]
-
-
 def _scripts(letters: np.ndarray) -> dict[str, float]:
     """Return the share of letters in each script, the most frequent first, by the first word of their Unicode names."""
     counts: Counter[str] = Counter()
@@ -841,7 +539,18 @@ def _scripts(letters: np.ndarray) -> dict[str, float]:
     return {name: round(number / counts.total(), 4) for name, number in counts.most_common()}
 
 
-# ---------------------------------------------------------------- in words
+# ---------------------------------------------------------------- what judgements and figures tell
+
+
+def _votes_of_annotators(records: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the votes [pairs, 3] of named annotators on the pairs that several judged; each has one, the first."""
+    group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(records))))
+    named = np.flatnonzero(records["who"])
+    keys = group[named].astype(np.uint64) << np.uint64(32) | records["who"][named].astype(np.uint64)
+    _, first = np.unique(keys, return_index=True)
+    votes = np.zeros((len(starts), 3), np.int64)
+    np.add.at(votes, (group[named[first]], records["vote"][named[first]]), 1)
+    return votes[votes.sum(axis=1) > 1]
 
 
 def _warnings(found: Audit) -> Iterator[str]:
@@ -870,91 +579,3 @@ def _warnings(found: Audit) -> Iterator[str]:
         yield f"{cut:,} rows are longer than the context of {found.tokens['context']:,} tokens"
     for what, note in found.suspicious.items():
         yield f"{note['rows']:,} rows with {what}, first in {note['examples'][0]}{WAYS.get(what, '')}"
-
-
-def as_json(found: Audit) -> str:
-    """Return an audit as JSON."""
-    return json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n"
-
-
-def lines_of(found: Audit) -> list[str]:
-    """Return an audit for a person to read."""
-    rows = found.rows
-    lines = [f"{found.card}: {found.kind}", f"rows        {rows['read']:,} read, {rows['kept']:,} kept"]
-    for reason, note in rows["dropped"].items():
-        lines.append(f"            {note['rows']:,} dropped: {reason}")
-        lines += [f"              {example}" for example in note["examples"][:2]]
-    for how in ("merged", "noted"):
-        lines += [f"            {number:,} {how}: {what}" for what, number in rows[how].items() if number]
-    if not found.duplicates:
-        return lines
-    for name in ("exact", "near"):
-        note = found.duplicates[name]
-        lines.append(f"duplicates  {'about ' * (name == 'near')}{note['rows']:,} {name}{_shown(note['examples'])}")
-    heldout = found.prompts["heldout"]
-    held = f"{heldout:.0%} held out, by hash" if isinstance(heldout, float) else f"{heldout:,} rows held out"
-    distinct = f"{found.prompts['distinct']:,} distinct; " if "distinct" in found.prompts else ""
-    lines.append(f"prompts     {distinct}{held}")
-    if shared := found.prompts.get("shared_between_splits"):
-        dropped = "prompt is also held out" in rows["dropped"]
-        left_out = ", left out of training; the figures here still count them" if shared["rows"] and dropped else ""
-        lines.append(
-            f"            {shared['rows']:,} rows on both sides of the split{left_out}{_shown(shared['examples'])}"
-        )
-    lines += _label_lines(found.labels)
-    described = [f"{name.removesuffix('_characters')} {value:,.0f}" for name, value in found.lengths.items()
-                 if name.endswith("_characters")]  # fmt: skip
-    lines.append(f"characters  on average: {', '.join(described)}")
-    if "longer_wins" in found.lengths:
-        lines.append(f'            a rule "longer wins" would be right in {found.lengths["longer_wins"]:.1%}')
-    lines += _token_lines(found.tokens)
-    scripts = ", ".join(f"{name} {share:.1%}" for name, share in list(found.scripts.items())[:6])
-    lines.append(f"scripts     {scripts or 'no letters'}")
-    for what, note in found.suspicious.items():
-        lines.append(f"suspicious  {note['rows']:,} rows with {what}: {', '.join(note['examples'])}")
-    return lines + [f"warning     {warning}" for warning in found.warnings]
-
-
-def _label_lines(labels: Mapping[str, Any]) -> Iterator[str]:
-    if not labels:
-        return
-    yield (
-        f"labels      {labels['pairs']:,} pairs, {labels['ties']:,} ties, "
-        f"{labels['conflicting']['pairs']:,} judged both ways{_shown(labels['conflicting']['examples'])}"
-    )
-    if "votes" in labels:
-        yield "            votes: " + ", ".join(f"{side} {number:,}" for side, number in labels["votes"].items())
-    if "best_stands_at" in labels:
-        yield "            the best one stands at: " + ", ".join(
-            f"{place} ({number:,})" for place, number in labels["best_stands_at"].items()
-        )
-    if labels["annotator_count"]:
-        alpha = labels["krippendorff_alpha"]
-        several = labels["pairs_judged_by_several_annotators"]
-        agreement = (
-            "no pair judged by two"
-            if alpha is None
-            else f"Krippendorff's alpha {alpha:.3f} over the {several:,} pairs that several of them judged"
-        )
-        yield f"annotators  {labels['annotator_count']:,}; {agreement}"
-
-
-def _token_lines(tokens: Mapping[str, Any]) -> Iterator[str]:
-    if not tokens:
-        return
-    context = "none known" if tokens["context"] is None else f"{tokens['context']:,}"
-    yield (
-        f"tokens      of {tokens['base']}: median {tokens['median']:,}, 95 % {tokens['p95']:,}, longest "
-        f"{tokens['longest']:,} of {tokens['sampled_rows']:,} rows sampled; context {context}"
-    )
-    long = tokens["too_long"]
-    if long["rows"]:
-        yield (
-            f"            {long['rows']:,} rows are longer: {long['tokens_to_cut']:,} tokens would be cut, "
-            f"{long['rows_whose_completion_alone_is_too_long']:,} have a completion that alone is too long: "
-            + ", ".join(long["examples"])
-        )
-
-
-def _shown(examples: Sequence[Sequence[str]]) -> str:
-    return f": {'; '.join(' and '.join(places) for places in examples[:2])}" if examples else ""

@@ -14,13 +14,13 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "rlhf_kit"
 
 FLOORS = (  # from the ground up; a module imports from its own floor or from below, and never in a circle
-    {"errors", "memory"},
+    {"errors", "memory", "sketches"},
     {"marked_yaml", "settings", "columns"},
     {"recipe", "recipe_problems", "recipe_reading", "maths", "artifacts", "rehearsal", "gradients"},
     {"data_cards", "model_folders"},
     {"data_files", "foreign"},
-    {"examples", "batches", "chat_templates"},
-    {"collate", "check", "audit", "guard", "health", "kl_doctor", "layers"},
+    {"examples", "batches", "row_batches", "chat_templates"},
+    {"collate", "check", "audit", "audit_words", "guard", "health", "kl_doctor", "layers"},
     {"story", "drawings"},
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces", "remote_reward", "unpadded"},
@@ -53,6 +53,7 @@ WITHOUT_TORCH = (
     "foreign",
     "chat_templates",
     "audit",
+    "audit_words",
     "importing",
     "report",
     "guard",

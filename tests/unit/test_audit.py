@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from rlhf_kit import audit as audits
-from rlhf_kit.audit import Audit, Measured, as_json, audit, lines_of
+from rlhf_kit import sketches
+from rlhf_kit.audit import Audit, Measured, audit
+from rlhf_kit.audit_words import as_json, lines_of
 from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import InputError
 from rlhf_kit.marked_yaml import write_yaml
@@ -141,8 +143,8 @@ class TestRepetitions:
         """Where there are more hashes than are sorted together, the same is found."""
         rows = [pair(n) for n in range(40)] + [pair(n) for n in range(10)]
         whole = look(rows)
-        monkeypatch.setattr(audits, "PART", 7)
-        monkeypatch.setattr(audits, "CHUNK", 3)
+        monkeypatch.setattr(sketches, "PART", 7)
+        monkeypatch.setattr(sketches, "CHUNK", 3)
         parts = look(rows)
         assert parts.duplicates["exact"]["rows"] == whole.duplicates["exact"]["rows"] == 10
         assert parts.prompts == whole.prompts
