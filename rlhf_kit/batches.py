@@ -5,6 +5,7 @@ B  completions of this process's rollout        P  prompt length in tokens, left
 M  completions of a microbatch                  C  completion length in tokens, right-padded
 V  vocabulary size                              T  P + C
 N  completions of some compared prompts         Q  pairs of them
+H  size of a hidden state
 
 Masks are true for real tokens and come from known lengths, never from comparing with a pad id.
 """
@@ -66,6 +67,9 @@ class Rollout:
     """[B, C] nats, the same under the reference policy; 0 on padding."""
     values: Tensor
     """[B, C]; `values[:, t]` is the value of the state before completion token t; 0 on padding."""
+    reward_states: Tensor
+    """[B, C, H], what the reward model's trunk made of the state before each completion token; [B, C, 0] where no value
+    function reads it."""
     scores: Tensor
     """[B], the reward model's numbers, normalised where the recipe asks for it, before any penalty."""
 
@@ -90,7 +94,14 @@ class Rollout:
 
 
 _PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
-_COMPLETION_FIELDS = ("completion_ids", "completion_mask", "policy_logprobs", "reference_logprobs", "values")
+_COMPLETION_FIELDS = (
+    "completion_ids",
+    "completion_mask",
+    "policy_logprobs",
+    "reference_logprobs",
+    "values",
+    "reward_states",
+)
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,11 @@ class _Stages:
             seconds += stage.updates * stage.epochs * stage.minibatches * mixed
         most = passes.learn(size, prompts.longest + new, new)
         at_once = passes.sample(stage.batch_size, prompts.longest, new)
-        need = self._need(stage.updates, seconds, 1 + own_value, 1 + roles, most.bytes, at_once.bytes)
+        kept = 0  # of the reward model, for a head on the trunk
+        if isinstance(stage, PPOStage) and not own_value and roles:
+            state = passes.config.hidden_size * getattr(torch, self.recipe.base.dtype).itemsize
+            kept = stage.batch_size * new * state
+        need = self._need(stage.updates, seconds, 1 + own_value, 1 + roles, most.bytes + kept, at_once.bytes)
         return self._on_a_shared_base(need)
 
     def _rejection_sampling(self, stage: RejectionSamplingStage) -> Need:

@@ -521,7 +521,7 @@ class SharedBase:
         self.causal = causal
         self.base = base
         self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
-        self.heads: dict[str, nn.Linear] = {}
+        self.heads: dict[str, nn.Module] = {}
         self.peft: PeftModel | None = None
         self._layers: list[BaseTunerLayer] = []
         self._trainable: dict[str, dict[str, nn.Parameter]] = {}
@@ -567,7 +567,7 @@ class SharedBase:
         self._activate(self._active)
         return heads
 
-    def set_head(self, role: str, head: nn.Linear, *, trainable: bool = False) -> None:
+    def set_head(self, role: str, head: nn.Module, *, trainable: bool = False) -> None:
         """Give a role its head; a trainable head joins the role's parameters."""
         self.heads[role] = head.requires_grad_(trainable)
         if trainable:

@@ -384,8 +384,8 @@ class PPOStage(OnlineStage):
     minibatches: Count = 2
     """Optimizer steps per epoch."""
     value_learning_rate: LearningRate | None = None
-    """null is `learning_rate` times epochs / value_epochs of an adapter, so that fewer steps go as far, and times 5 of
-    a head on the policy's trunk."""
+    """null is `learning_rate` times epochs / value_epochs of an adapter, so that fewer steps go as far, and times 2 of
+    a head on the trunk."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of what later tokens earn."""
     lam: Fraction = 0.95
@@ -395,10 +395,11 @@ class PPOStage(OnlineStage):
     value_coef: NonNegative = 0.1
     """Weight of the value loss."""
     value: Literal["adapter", "trunk"] = "adapter"
-    """adapter: its own adapter and head, started from the reward adapter. trunk: a head on the policy's trunk."""
+    """adapter: its own adapter and head, started from the reward adapter. trunk: a head alone, which reads the states
+    of the policy and of the reward adapter; it takes no pass through the base."""
     value_epochs: Count | None = None
     """In how many of the epochs, from the first, the value function learns too. null is 1 of an adapter, whose passes
-    come on top of the policy's, and all of a head on the policy's trunk."""
+    come on top of the policy's, and all of a head on the trunk."""
     whiten_scores: bool = False
     """Divide the scores of each update by their standard deviation; their mean stays."""
     whiten_advantages: bool = True
@@ -406,7 +407,7 @@ class PPOStage(OnlineStage):
 
     @property
     def own_value_epochs(self) -> int:
-        """Epochs in which the value function learns in passes of its own; 0 of a head on the policy's trunk."""
+        """Epochs in which the value function learns in passes of its own; 0 of a head on the trunk."""
         return (self.value_epochs or 1) if self.value == "adapter" else 0
 
 

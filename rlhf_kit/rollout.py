@@ -154,12 +154,13 @@ def unscored(prompts: PromptBatch, completions: Completions) -> Rollout:
         policy_logprobs=completions.logprobs,
         reference_logprobs=zeros,
         values=zeros,
+        reward_states=zeros.unsqueeze(2)[..., :0],
         scores=zeros[:, 0],
     )
 
 
 def fill(target: Tensor, rows: Sequence[int], values: Tensor) -> None:
-    """Write `values` [M, c] of some rows into the left part of `target` [B, C]."""
+    """Write `values` [M, c, ...] of some rows into the left part of `target` [B, C, ...]."""
     target[list(rows), : values.shape[1]] = values.to(target.dtype)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_kit import artifacts, recipe
@@ -70,18 +70,23 @@ class AdapterScorer:
         self.last_std = torch.zeros(0)
         """Of the completions scored last [B], the standard deviation over the members; empty without an ensemble."""
 
-    @torch.no_grad()
     def __call__(self, written: Written) -> Tensor:
+        return self.scores_and_states(written)[0]
+
+    @torch.no_grad()
+    def scores_and_states(self, written: Written) -> tuple[Tensor, Tensor]:
+        """Return scores [B] and the states [B, T, H] that the trunk made for them, an ensemble's first member's."""
         last = written.mask.shape[1] - 1 - written.mask.flip(1).long().argmax(1)
-        members = []
+        members, first = [], torch.empty(0)
         for role in self.roles:
             hidden = self.shared.hidden(role, written.ids, written.mask)
             states = hidden[torch.arange(len(hidden), device=hidden.device), last]
             members.append(self.shared.heads[role](states.float()).squeeze(-1))
+            first = hidden if role == self.roles[0] else first
         scores = torch.stack(members)
         if len(self.roles) > 1:
             self.last_std = ensemble_std(scores)
-        return self.combine(scores)
+        return self.combine(scores), first
 
 
 def add_reward_role(shared: SharedBase, role: str, folder: Path) -> AdapterScorer:
@@ -344,20 +349,3 @@ def score_unit(scores: Sequence[float], where: str, reward: str) -> tuple[float,
             f"({scores[0]}), so it has no unit; set normalize_score: false."
         )
     return float(unit.mean()), float(unit.std(correction=0))
-
-
-def value_head(shared: SharedBase, reward_role: str | None, mean: float, std: float) -> nn.Linear:
-    """Return a trainable value head that starts as the normalised reward head, or at zero where there is none.
-
-    The normalised score is (w·h + b - mean) / std, so the head starts at weights w / std and bias (b - mean) / std; of
-    an ensemble the role is one member.
-    """
-    head = new_head(shared.width, shared.device, bias=True)
-    with torch.no_grad():
-        if reward_role is None:
-            head.weight.zero_()
-        else:
-            reward = shared.heads[reward_role]
-            head.weight.copy_(reward.weight / std)
-            head.bias.copy_((reward.bias - mean) / std)
-    return head

@@ -47,31 +47,23 @@ from rlhf_kit.recipe import GRPOStage, OnlineStage, PPOStage, RLOOStage
 from rlhf_kit.rollout import (
     PolicyPass,
     ValueFunction,
-    completion_states,
     fill,
     microbatches,
+    of_like_length,
     of_rollout,
     policy_pass,
     sampled,
     scored_by_models,
-    scores_of,
 )
-from rlhf_kit.scorers import (
-    AdapterScorer,
-    Written,
-    probe_error,
-    probe_limit,
-    score_unit,
-    unpadded,
-    value_head,
-)
+from rlhf_kit.scorers import AdapterScorer, Written, probe_error, probe_limit, score_unit, unpadded
 from rlhf_kit.stages import Job, Outcome
+from rlhf_kit.values import no_values, value_function, value_head
 from rlhf_kit.watch import Watch
 
 POLICY, REFERENCE, REWARD, VALUE, GOLD = "policy", "reference", "reward", "value", "gold"
 PROBE_PROMPTS = 4
 UNIT_COMPLETIONS = 256  # at least, to measure the zero and the unit of a score that brings none
-HEAD_RATE = 5  # times the policy's learning rate, of a value head on its trunk
+HEAD_RATE = 2  # times the policy's learning rate, of a value head on its trunk
 SAMPLES = 8  # completions kept for a reader whenever samples are due
 
 
@@ -216,15 +208,20 @@ class PPO:
         self.mean, self.std = unit if unit is not None and settings.normalize_score else (0.0, 1.0)
 
         self.value: ValueFunction = no_values
-        self.value_starts_as: str | None = None
+        self.reads_reward = False
         if self.with_value is None:
             return
         if self.with_value.value == "adapter":
-            self.value_starts_as = REWARD if isinstance(self.scorer, AdapterScorer) else None
-            place = job.adapter(settings.reward) if self.value_starts_as else start
+            place = job.adapter(settings.reward) if isinstance(self.scorer, AdapterScorer) else start
             shared.add(VALUE, place, trainable=True)
-        shared.set_head(VALUE, value_head(shared, self.value_starts_as, self.mean, self.std), trainable=True)
-        self.value = value_function(shared, self.with_value.value)
+        else:
+            self.reads_reward = isinstance(self.scorer, AdapterScorer)
+        shared.set_head(VALUE, self._value_head(self.with_value), trainable=True)
+        self.value = value_function(shared, VALUE, self.with_value.value)
+
+    def _value_head(self, settings: PPOStage) -> nn.Module:
+        reward = REWARD if isinstance(self.scorer, AdapterScorer) else None
+        return value_head(self.shared, settings.value, reward, self.mean, self.std, *self.seed)
 
     def _load_ptx(self) -> PTX | None:
         settings = self.settings.ptx
@@ -293,8 +290,8 @@ class PPO:
         for batch in progress(
             range(math.ceil(UNIT_COMPLETIONS / self.settings.batch_size)), desc="score unit, batches"
         ):
-            _, written = self._sample(REFERENCE, self._prompt_rows(batch), "score unit", batch)
-            scores += distributed.gather_rows(self._raw_scores(written).tolist(), self.accelerator)
+            rollout, written = self._sample(REFERENCE, self._prompt_rows(batch), "score unit", batch)
+            scores += distributed.gather_rows(self._scored(rollout, written).scores.tolist(), self.accelerator)
         return score_unit(scores, f"stages.{self.job.name}.reward", self.settings.reward)
 
     def _make_optimizer(self) -> None:
@@ -364,9 +361,8 @@ class PPO:
         if found is None:
             if not self.has_unit:
                 self.mean, self.std = self._unit_of_reference()
-                if self.value_starts_as is not None:
-                    start = value_head(self.shared, self.value_starts_as, self.mean, self.std)
-                    self.shared.heads[VALUE].load_state_dict(start.state_dict())
+                if self.with_value is not None:
+                    self.shared.heads[VALUE].load_state_dict(self._value_head(self.with_value).state_dict())
             self.watch = self._make_watch()
             return 0
         checkpoints.put_back(found, self.parameters, self.optimizer)
@@ -479,34 +475,46 @@ class PPO:
         texts, ids = [self.prompts[prompt] for prompt in prompts], [self.prompt_ids[prompt] for prompt in prompts]
         return sampled(self.shared, role, texts, ids, uniform, self.format, self.settings.temperature, self.at_once)
 
-    def _raw_scores(self, written: Written) -> Tensor:
-        """Return the scores of this process's completions.
+    def _scored(self, rollout: Rollout, written: Written) -> Rollout:
+        """Return a rollout with the raw scores of this process's completions and, where the value function reads them,
+        the states from which the reward model made them.
 
         Raises: NotScored, in every process, where the reward server of one gives none.
         """
         lost: list[NotScored] = []
 
-        def scored(size: int) -> Tensor:
-            self.ensemble_std = []
+        def scored(size: int) -> Rollout:
             try:
-                return scores_of(self._scored, written, size, unpadded=unpadded(self.scorer))
+                return self._scored_in_pieces(rollout, written, size)
             except NotScored as error:
                 lost.append(error)
-                return torch.zeros(0)
+                return rollout
 
-        scores = self.pieces.whole(scored)
+        result = self.pieces.whole(scored)
         if distributed.agree(bool(lost), self.accelerator):
             raise lost[0] if lost else NotScored(f"reward: {self.settings.reward}: gave another process no scores.")
-        return scores
+        return result
 
-    def _scored(self, written: Written) -> Tensor:
-        scores = self.scorer(written)
-        if isinstance(self.scorer, AdapterScorer) and len(self.scorer.roles) > 1:
-            self.ensemble_std.append(self.scorer.last_std.sum())
-        return scores
+    def _scored_in_pieces(self, rollout: Rollout, written: Written, size: int) -> Rollout:
+        mask, scores, states = rollout.completion_mask, torch.zeros_like(rollout.scores), rollout.reward_states
+        if self.reads_reward:
+            dtype = getattr(torch, self.job.recipe.base.dtype)
+            states = torch.zeros(*mask.shape, self.shared.width, dtype=dtype, device=mask.device)
+        self.ensemble_std = []
+        for rows in of_like_length(written.mask, range(len(mask)), size, unpadded=unpadded(self.scorer)):
+            piece = written.rows(rows)
+            if not isinstance(self.scorer, AdapterScorer):
+                scores[rows] = self.scorer(piece)
+                continue
+            scores[rows], made = self.scorer.scores_and_states(piece)
+            if self.reads_reward:
+                fill(states, rows, made[:, -1 - int(mask[rows].sum(1).max()) : -1])
+            if len(self.scorer.roles) > 1:
+                self.ensemble_std.append(self.scorer.last_std.sum())
+        return replace(rollout, scores=scores, reward_states=states)
 
     def _scored_by_models(
-        self, rollout: Rollout, learnt_first: Sequence[int] = ()
+        self, rollout: Rollout, value: ValueFunction = no_values, learnt_first: Sequence[int] = ()
     ) -> tuple[dict[str, Tensor], dict[tuple[int, ...], PolicyPass]]:
         return self.pieces.whole(
             lambda size: scored_by_models(
@@ -514,7 +522,7 @@ class PPO:
                 rollout,
                 policy=POLICY,
                 reference=REFERENCE,
-                value=self.value,
+                value=value,
                 temperature=self.settings.temperature,
                 microbatch=size,
                 learnt_first=learnt_first,
@@ -529,11 +537,13 @@ class PPO:
         self.begun = {}  # of an update that was skipped
         rollout, written = self._sample(POLICY, self._prompt_rows(update), "rollout", update)
         sampled = time.monotonic()
-        scores = (self._raw_scores(written) - self.mean) / self.std
+        rollout = self._scored(rollout, written)
+        scores = (rollout.scores - self.mean) / self.std
         if self.settings.score_clip is not None:
             scores = scores.clamp(-self.settings.score_clip, self.settings.score_clip)
         self.sampler_logprobs = rollout.policy_logprobs
-        scored, self.begun = self._scored_by_models(rollout, self._mine(self._minibatches(update, 0)[0]))
+        first = self._mine(self._minibatches(update, 0)[0])
+        scored, self.begun = self._scored_by_models(rollout, self.value, first)
         rollout = replace(rollout, scores=scores, **scored)
         for name in ("policy_logprobs", "reference_logprobs", "values", "scores"):
             self._require_finite(name, getattr(rollout, name), update)
@@ -877,18 +887,3 @@ class PPO:
 def masked_means(mask: Tensor, count: float, *figures: Tensor) -> Tensor:
     """Return the means over `count` real tokens (or completions) of each of the figures, without gradients, float64."""
     return torch.stack([masking.masked_mean(figure.detach().float(), mask, count) for figure in figures]).double()
-
-
-def no_values(rollout: Rollout, policy_states: Tensor) -> Tensor:
-    """Return the values of a run without a value function: zeros."""
-    return torch.zeros_like(rollout.values)
-
-
-def value_function(shared: SharedBase, kind: str) -> ValueFunction:
-    """Return the value function: the head on the policy's own states, or on those of the value adapter."""
-
-    def values(rollout: Rollout, policy_states: Tensor) -> Tensor:
-        states = completion_states(shared, VALUE, rollout) if kind == "adapter" else policy_states
-        return shared.heads[VALUE](states.float()).squeeze(-1) * rollout.completion_mask
-
-    return values

@@ -24,7 +24,7 @@ FLOORS = (  # from the ground up; a module imports from its own floor or from be
     {"story", "drawings"},
     {"importing", "token_cache"},
     {"models", "generation", "scorers", "distributed", "checkpoints", "metrics", "pieces", "remote_reward", "unpadded"},
-    {"rollout", "evaluation", "training", "preview", "finished", "repeat", "watch", "ptx"},
+    {"rollout", "evaluation", "training", "preview", "finished", "repeat", "watch", "ptx", "values"},
     {"supervised", "passes"},
     {"sampling", "merge", "model_card", "judges", "benchmark_tasks"},
     {"comparison"},

@@ -188,21 +188,21 @@ def test_pieces_of_one_that_do_not_fit_end_the_run_with_advice(server, recipe, t
 def test_numbers_that_are_not_finite_are_skipped_if_asked_for(server, recipe, tmp_path):
     """on_nonfinite: skip leaves the step out, counts it and goes on; stop, the default, ends the run."""
     before = """
-import torch
+from dataclasses import replace
 from rlhf_kit import supervised
 from rlhf_kit.stages import ppo
-part, scored = supervised.Trainer.part, ppo.PPO._raw_scores
+part, scored = supervised.Trainer.part, ppo.PPO._scored
 
 def broken(self, microbatch, tokens):
     loss = part(self, microbatch, tokens)
     return loss * float("nan") if self.training.first + self.state.global_step == 1 else loss
 
-def scores(self, written):
-    found = scored(self, written)
+def scores(self, rollout, written):
+    found = scored(self, rollout, written)
     self.calls = getattr(self, "calls", 0) + 1
-    return found * float("inf") if self.calls == 2 else found
+    return replace(found, scores=found.scores * float("inf")) if self.calls == 2 else found
 
-supervised.Trainer.part, ppo.PPO._raw_scores = broken, scores
+supervised.Trainer.part, ppo.PPO._scored = broken, scores
 """
     out = tmp_path / "run"
     ended = server.run(recipe, out, *SHORT, before=before)

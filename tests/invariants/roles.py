@@ -11,7 +11,8 @@ from rlhf_kit import models, recipe
 from rlhf_kit.collate import TextFormat, left_pad, load_text_format
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.rollout import unscored
-from rlhf_kit.scorers import add_reward_role, value_head
+from rlhf_kit.scorers import add_reward_role
+from rlhf_kit.values import value_head
 from tests import tiny
 
 ADAPTER = recipe.Adapter(r=4, alpha=8.0)
@@ -55,7 +56,7 @@ def shared_base(folder: Path, quantization: str = "none") -> tuple[models.Shared
     shared.add("policy", folder / "sft", trainable=True)
     add_reward_role(shared, "reward", folder / "reward")
     shared.add("value", folder / "reward", trainable=True)
-    shared.set_head("value", value_head(shared, "reward", 0.5, 2.0), trainable=True)
+    shared.set_head("value", value_head(shared, "adapter", "reward", 0.5, 2.0), trainable=True)
     return shared, text_format
 
 

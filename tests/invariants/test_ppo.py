@@ -18,6 +18,7 @@ from rlhf_kit.data_cards import load_card
 from rlhf_kit.errors import Diverged, Interrupted
 from rlhf_kit.examples.loading import load_examples
 from rlhf_kit.recipe_reading import load_recipe
+from rlhf_kit.rollout import completion_states
 from rlhf_kit.stages import Job, StopRequest, ppo
 from tests import tiny
 from tests.invariants import roles
@@ -177,7 +178,7 @@ def test_passes_that_no_longer_fit_are_let_go_in_the_first_step(tmp_path, monkey
     assert held[0] > 0 and held[1:] == [0, 0]
 
 
-@pytest.mark.parametrize(("value", "times"), [("adapter", 3), ("trunk", 5)])
+@pytest.mark.parametrize(("value", "times"), [("adapter", 3), ("trunk", 2)])
 def test_the_value_function_has_a_rate_of_its_own(tmp_path, value, times):
     """An adapter's makes up for the epochs in which it does not learn; a head on the trunk takes larger steps."""
     trainer = ppo.PPO(make_job(tmp_path, epochs=3, value=value, learning_rate=0.004))
@@ -216,9 +217,36 @@ def test_the_value_function_learns_in_its_epochs(tmp_path, monkeypatch, settings
 def test_scores_stay_with_their_rows(tmp_path, monkeypatch):
     """Rows are scored among others of like length, and each gets its own score."""
     trainer = ppo.PPO(make_job(tmp_path, microbatch=2))
-    _, written = trainer.roll_out(0)
+    rollout, written = trainer.roll_out(0)
     monkeypatch.setattr(trainer, "scorer", lambda part: torch.tensor([float(len(text)) for text in part.texts]))
-    assert trainer._raw_scores(written).tolist() == [len(text) for text in written.texts]
+    assert trainer._scored(rollout, written).scores.tolist() == [len(text) for text in written.texts]
+
+
+def test_the_trunks_head_reads_the_reward_models_states(tmp_path):
+    """They are those of a pass of the reward model's own, row by row, and the values start as the normalised score
+    would be if the completion ended there.
+    """
+    trainer = ppo.PPO(make_job(tmp_path, microbatch=2, value="trunk"))
+    rollout, _ = trainer.roll_out(0)
+    mask = rollout.completion_mask
+    assert len(set(mask.sum(1).tolist())) > 1
+    with torch.no_grad():
+        states = completion_states(trainer.shared, ppo.REWARD, rollout)
+        scores = (trainer.shared.heads[ppo.REWARD](states).squeeze(-1) - trainer.mean) / trainer.std
+    torch.testing.assert_close(rollout.reward_states[mask], states[mask], rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollout.values, scores * mask, rtol=0, atol=1e-5)
+
+
+def test_without_a_reward_adapter_the_trunks_head_reads_the_policy_alone(tmp_path):
+    """It starts at zero, and learns."""
+    job = make_job(tmp_path, value="trunk", reward="tests.invariants.test_ppo:count_of_a")
+    trainer = ppo.PPO(job)
+    trainer.resume()
+    rollout, _ = trainer.roll_out(0)
+    assert rollout.reward_states.shape == (*rollout.values.shape, 0)
+    assert not rollout.values.any()
+    trainer.learn(1, rollout, trainer.targets(rollout))
+    assert trainer.roll_out(1)[0].values.any()
 
 
 @pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])

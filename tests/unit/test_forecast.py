@@ -69,6 +69,8 @@ def test_memory_grows_with_what_is_held(recipe):
     assert told(recipe, "stages.ppo.microbatch=2").needs["ppo"].learning < need.learning
     trunk = told(recipe, "stages.ppo.value=trunk").needs["ppo"]
     assert 10 * trunk.adapters == 6 * need.adapters  # of policy 4, reference 1, reward 1, and value 4
+    larger = told(recipe, "stages.ppo.value=trunk", "stages.ppo.batch_size=16").needs["ppo"]
+    assert larger.learning > trunk.learning > need.learning, "states of the reward model, for each completion token"
     assert told(recipe, "stages.ppo.batch_size=16").needs["ppo"].sampling > need.sampling
 
 
