@@ -30,7 +30,7 @@ RANK = 16
 END, PAD = 0, 1  # token ids
 DIFFERENCES = """\
 What differs, trl 1.12.0 against rlhf_kit:
-  value function    a second model, all of it trained     | an adapter, or a head on the policy's trunk
+  value function    a second model, all of it trained     | an adapter, or a head on states that are there
   reward model      a third model                         | an adapter
   random numbers    one for each entry of the vocabulary  | one for each token
   log-probabilities from the logits of generation (kept)  | from a pass over the completions

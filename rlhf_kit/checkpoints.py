@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from rlhf_kit import artifacts, distributed
+from rlhf_kit.errors import InputError
 from rlhf_kit.recipe import CheckpointEvery
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -46,7 +47,16 @@ def tensors_of(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Op
 
 
 def put_back(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put the tensors of a checkpoint into the parameters and their optimizer state; what is of neither is left out."""
+    """Put the tensors of a checkpoint into the parameters and their optimizer state; what is of neither is left out.
+
+    Raises:
+        InputError: a parameter is not in it.
+    """
+    if missing := sorted(name for name in parameters if f"parameter/{name}" not in checkpoint.tensors):
+        raise InputError(
+            f"checkpoint of step {checkpoint.step}: has no {missing[0]} ({len(missing)} missing); another version of "
+            "rlhf_kit made it. --fresh starts anew."
+        )
     for key, tensor in checkpoint.tensors.items():
         kind, _, name = key.partition("/")
         if name not in parameters:

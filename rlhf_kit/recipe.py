@@ -384,7 +384,7 @@ class PPOStage(OnlineStage):
     minibatches: Count = 2
     """Optimizer steps per epoch."""
     value_learning_rate: LearningRate | None = None
-    """null is `learning_rate` times epochs / value_epochs of an adapter, so that fewer steps go as far, and times 2 of
+    """null is `learning_rate` times epochs / value_epochs of an adapter, so that fewer steps go as far, and times 4 of
     a head on the trunk."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of what later tokens earn."""

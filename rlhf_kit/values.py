@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kit.batches import Rollout
-from rlhf_kit.generation import derived_seed
 from rlhf_kit.models import SharedBase, new_head
 from rlhf_kit.rollout import ValueFunction, completion_states
 
@@ -46,12 +45,13 @@ def value_head(
     reward_role: str | None,
     mean: float,
     std: float,
-    *seed_parts: object,
+    seed: int,
 ) -> nn.Module:
     """Return a trainable value head that starts as the normalised reward head, or at zero where there is none.
 
     The normalised score is (w·h + b - mean) / std, so the head starts at weights w / std and bias (b - mean) / std; of
     an ensemble the role is one member. On the trunk h are the reward model's states, behind the policy's.
+    seed: of what is drawn of it.
     """
     width, device = shared.width, shared.device
     head: nn.Module
@@ -59,7 +59,7 @@ def value_head(
         head = linear = new_head(width, device, bias=True)
     else:
         read = width if reward_role is None else 2 * width
-        head = TrunkHead(read, device, derived_seed(*seed_parts, "value head"))
+        head = TrunkHead(read, device, seed)
         linear = head.linear
     with torch.no_grad():
         linear.weight.zero_()
@@ -75,11 +75,13 @@ def value_function(shared: SharedBase, role: str, kind: Literal["adapter", "trun
     """Return the value function: the role's head on its adapter's states, or on the policy's and the reward model's."""
 
     def values(rollout: Rollout, policy_states: Tensor) -> Tensor:
+        mask = rollout.completion_mask
         if kind == "adapter":
-            states = completion_states(shared, role, rollout)
+            states = completion_states(shared, role, rollout)[mask]
         else:
-            states = torch.cat([policy_states, rollout.reward_states], dim=-1)
-        return shared.heads[role](states.float()).squeeze(-1) * rollout.completion_mask
+            states = torch.cat([policy_states[mask], rollout.reward_states[mask]], dim=-1)
+        found = shared.heads[role](states.float()).squeeze(-1)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
 
     return values
 

@@ -63,7 +63,7 @@ from rlhf_kit.watch import Watch
 POLICY, REFERENCE, REWARD, VALUE, GOLD = "policy", "reference", "reward", "value", "gold"
 PROBE_PROMPTS = 4
 UNIT_COMPLETIONS = 256  # at least, to measure the zero and the unit of a score that brings none
-HEAD_RATE = 2  # times the policy's learning rate, of a value head on its trunk
+HEAD_RATE = 4  # times the policy's learning rate, of a value head without an adapter
 SAMPLES = 8  # completions kept for a reader whenever samples are due
 
 
@@ -99,6 +99,7 @@ def run(job: Job) -> Outcome:
         trainer.metrics |= trainer.look(update + 1)
         log.log(update + 1, trainer.metrics)
         trainer.keep_samples(update, rollout, written)
+        del rollout, targets  # the next is not made beside it
         trainer.checkpoint_if_due(update + 1)
     trainer.save()
     return Outcome(
@@ -208,20 +209,22 @@ class PPO:
         self.mean, self.std = unit if unit is not None and settings.normalize_score else (0.0, 1.0)
 
         self.value: ValueFunction = no_values
-        self.reads_reward = False
+        self.read: AdapterScorer | None = None
+        """The reward model, if the value function reads its states."""
         if self.with_value is None:
             return
         if self.with_value.value == "adapter":
             place = job.adapter(settings.reward) if isinstance(self.scorer, AdapterScorer) else start
             shared.add(VALUE, place, trainable=True)
-        else:
-            self.reads_reward = isinstance(self.scorer, AdapterScorer)
+        elif isinstance(self.scorer, AdapterScorer):
+            self.read = self.scorer
         shared.set_head(VALUE, self._value_head(self.with_value), trainable=True)
         self.value = value_function(shared, VALUE, self.with_value.value)
 
     def _value_head(self, settings: PPOStage) -> nn.Module:
         reward = REWARD if isinstance(self.scorer, AdapterScorer) else None
-        return value_head(self.shared, settings.value, reward, self.mean, self.std, *self.seed)
+        seed = derived_seed(*self.seed, "value head")
+        return value_head(self.shared, settings.value, reward, self.mean, self.std, seed)
 
     def _load_ptx(self) -> PTX | None:
         settings = self.settings.ptx
@@ -497,19 +500,18 @@ class PPO:
 
     def _scored_in_pieces(self, rollout: Rollout, written: Written, size: int) -> Rollout:
         mask, scores, states = rollout.completion_mask, torch.zeros_like(rollout.scores), rollout.reward_states
-        if self.reads_reward:
+        if self.read is not None:
             dtype = getattr(torch, self.job.recipe.base.dtype)
             states = torch.zeros(*mask.shape, self.shared.width, dtype=dtype, device=mask.device)
         self.ensemble_std = []
         for rows in of_like_length(written.mask, range(len(mask)), size, unpadded=unpadded(self.scorer)):
             piece = written.rows(rows)
-            if not isinstance(self.scorer, AdapterScorer):
+            if self.read is None:
                 scores[rows] = self.scorer(piece)
-                continue
-            scores[rows], made = self.scorer.scores_and_states(piece)
-            if self.reads_reward:
+            else:
+                scores[rows], made = self.read.scores_and_states(piece)
                 fill(states, rows, made[:, -1 - int(mask[rows].sum(1).max()) : -1])
-            if len(self.scorer.roles) > 1:
+            if isinstance(self.scorer, AdapterScorer) and len(self.scorer.roles) > 1:
                 self.ensemble_std.append(self.scorer.last_std.sum())
         return replace(rollout, scores=scores, reward_states=states)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,15 +23,15 @@ from tests import tiny
 from tests.end_to_end import chain
 from tests.hub import Loopback
 
-TRUNK = "stages.ppo.value=trunk"  # a value adapter would start from the reward adapter, which is not here
+KIND = "grpo"  # PPO's value function would start as the reward adapter, which is not here
 MEASURED = ("time/", "throughput/", "memory/")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A folder with a run in `local` whose PPO learnt from its own reward stage."""
+    """A folder with a run in `local` whose policy learnt from its own reward stage."""
     folder = tmp_path_factory.mktemp("serving")
-    chain.run_chain(chain.write_chain(folder), folder / "local", TRUNK)
+    chain.run_chain(chain.write_chain(folder), folder / "local", f"stages.ppo.kind={KIND}")
     return folder
 
 
@@ -98,9 +99,10 @@ def started_like(workplace: Path, folder: Path) -> Path:
     return folder
 
 
-def learn(workplace: Path, out: Path, reward: str, *settings: str, processes: int | None = None) -> Any:
+def learn(workplace: Path, out: Path, reward: str, *, kind: str = KIND, processes: int | None = None) -> Any:
     """Run the recipe with another reward; return the finished process."""
-    words = [word for setting in (TRUNK, f"stages.ppo.reward={reward}", *settings) for word in ("--set", setting)]
+    settings = (f"stages.ppo.kind={kind}", f"stages.ppo.reward={reward}")
+    words = [word for setting in settings for word in ("--set", setting)]
     return chain.run("run", str(workplace / "chain.yaml"), "--out", str(out), *words, processes=processes)
 
 
@@ -116,7 +118,7 @@ def post(address: str, path: str, content: Any) -> httpx2.Response:
 
 @pytest.fixture(scope="module")
 def remote(workplace, address) -> Path:
-    """A run whose PPO learnt from the server."""
+    """A run whose policy learnt from the server."""
     out = started_like(workplace, workplace / "remote")
     result = learn(workplace, out, address)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -124,7 +126,7 @@ def remote(workplace, address) -> Path:
     return out
 
 
-def test_ppo_learns_from_a_server_as_from_a_stage(workplace, address, remote):
+def test_a_policy_learns_from_a_server_as_from_a_stage(workplace, address, remote):
     """Every metric, and every figure of the closing table, bit for bit; the manifest says which reward model it was."""
     assert metrics(remote) == metrics(workplace / "local")
     summaries = [json.loads((run / "summary.json").read_text()) for run in (remote, workplace / "local")]
@@ -187,6 +189,14 @@ def test_a_server_that_dies_stops_the_run_and_the_same_command_goes_on(workplace
     assert going_on.returncode == 0, going_on.stderr[-2000:]
     assert "going on after update 1" in going_on.stderr
     assert metrics(out) == metrics(workplace / "local")
+
+
+def test_a_value_function_starts_without_the_reward_adapter(workplace, address, tmp_path):
+    """PPO learns from a server too; its own value function is then an adapter that starts as the policy."""
+    out = started_like(workplace, tmp_path / "run")
+    result = learn(workplace, out, address, kind="ppo")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(math.isfinite(line["ppo/value_loss"]) for line in metrics(out))
 
 
 def test_every_process_asks_for_its_own(workplace, address, tmp_path):

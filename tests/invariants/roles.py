@@ -56,7 +56,7 @@ def shared_base(folder: Path, quantization: str = "none") -> tuple[models.Shared
     shared.add("policy", folder / "sft", trainable=True)
     add_reward_role(shared, "reward", folder / "reward")
     shared.add("value", folder / "reward", trainable=True)
-    shared.set_head("value", value_head(shared, "adapter", "reward", 0.5, 2.0), trainable=True)
+    shared.set_head("value", value_head(shared, "adapter", "reward", 0.5, 2.0, 0), trainable=True)
     return shared, text_format
 
 

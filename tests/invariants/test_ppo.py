@@ -12,13 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rlhf_kit import models
+from rlhf_kit import checkpoints, models
 from rlhf_kit.collate import load_text_format
 from rlhf_kit.data_cards import load_card
-from rlhf_kit.errors import Diverged, Interrupted
+from rlhf_kit.errors import Diverged, InputError, Interrupted
 from rlhf_kit.examples.loading import load_examples
 from rlhf_kit.recipe_reading import load_recipe
-from rlhf_kit.rollout import completion_states
+from rlhf_kit.rollout import completion_states, policy_pass
 from rlhf_kit.stages import Job, StopRequest, ppo
 from tests import tiny
 from tests.invariants import roles
@@ -178,7 +178,7 @@ def test_passes_that_no_longer_fit_are_let_go_in_the_first_step(tmp_path, monkey
     assert held[0] > 0 and held[1:] == [0, 0]
 
 
-@pytest.mark.parametrize(("value", "times"), [("adapter", 3), ("trunk", 2)])
+@pytest.mark.parametrize(("value", "times"), [("adapter", 3), ("trunk", 4)])
 def test_the_value_function_has_a_rate_of_its_own(tmp_path, value, times):
     """An adapter's makes up for the epochs in which it does not learn; a head on the trunk takes larger steps."""
     trainer = ppo.PPO(make_job(tmp_path, epochs=3, value=value, learning_rate=0.004))
@@ -235,6 +235,27 @@ def test_the_trunks_head_reads_the_reward_models_states(tmp_path):
         scores = (trainer.shared.heads[ppo.REWARD](states).squeeze(-1) - trainer.mean) / trainer.std
     torch.testing.assert_close(rollout.reward_states[mask], states[mask], rtol=0, atol=1e-5)
     torch.testing.assert_close(rollout.values, scores * mask, rtol=0, atol=1e-5)
+
+
+def test_the_trunks_head_teaches_the_policys_trunk(tmp_path):
+    """Once it has begun to read it: at first it is the reward model's head."""
+    trainer = ppo.PPO(make_job(tmp_path, value="trunk"))
+    rollout, _ = trainer.roll_out(0)
+    trainer.learn(1, rollout, trainer.targets(rollout))
+    made = policy_pass(trainer.shared, ppo.POLICY, rollout, 1.0)
+    trainer.value(rollout, made.states).sum().backward()
+    slopes = [parameter.grad for parameter in trainer.shared.parameters_of(ppo.POLICY).values()]
+    assert all(slope.any() for slope in slopes)
+
+
+def test_a_head_starts_in_the_unit_that_is_measured(tmp_path):
+    """Where the reward adapter brings none."""
+    trainer = ppo.PPO(make_job(tmp_path, value="trunk"))
+    trainer.has_unit = False
+    trainer.resume()
+    start = trainer.shared.heads[ppo.VALUE].linear.weight[:, trainer.shared.width :]
+    assert trainer.std != 0.5
+    torch.testing.assert_close(start, trainer.shared.heads[ppo.REWARD].weight / trainer.std)
 
 
 def test_without_a_reward_adapter_the_trunks_head_reads_the_policy_alone(tmp_path):
@@ -362,3 +383,12 @@ def test_prompts_come_in_shuffled_passes(tmp_path):
     seen = [row for update in range(2 * count) for row in trainer._prompt_rows(update)][: 2 * count]
     assert sorted(seen[:count]) == sorted(seen[count:]) == list(range(count))
     assert seen[:count] != seen[count:]
+
+
+def test_a_checkpoint_without_all_that_learns_is_refused(tmp_path):
+    """It is another version's, and what it lacks would begin anew unnoticed."""
+    trainer = ppo.PPO(make_job(tmp_path, value="trunk"))
+    tensors = checkpoints.tensors_of(trainer.parameters, trainer.optimizer)
+    del tensors["parameter/value/head.outer.weight"]
+    with pytest.raises(InputError, match=r"step 2: has no value/head.outer.weight .*--fresh"):
+        checkpoints.put_back(checkpoints.Checkpoint(2, tensors, {}), trainer.parameters, trainer.optimizer)

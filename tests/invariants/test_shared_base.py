@@ -249,6 +249,15 @@ def test_the_value_function_starts_as_the_normalised_score(world):
     torch.testing.assert_close(values, (scores - 0.5) / 2.0, rtol=0, atol=1e-5)
 
 
+def test_an_ensembles_states_are_its_first_members(world):
+    """As the value function starts as the first."""
+    shared, text_format = world
+    rollout = roles.sampled(shared, text_format)
+    _, states = AdapterScorer(shared, ["reward", "value"]).scores_and_states(Written([], [], rollout.ids, rollout.mask))
+    with torch.no_grad():
+        assert torch.equal(states, shared.hidden("reward", rollout.ids, rollout.mask))
+
+
 @pytest.mark.parametrize("width", [64, 96])
 def test_4bit_gradients_survive_a_pass_without_gradients(tmp_path, width):
     """Gradients after generation equal those before it, also for widths that 64 does not divide."""
