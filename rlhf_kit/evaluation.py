@@ -34,6 +34,7 @@ from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Cards, PolicyStage, Recipe, RewardStage
 from rlhf_kit.rollout import sampled, scored_by_models, scores_of
 from rlhf_kit.scorers import Written, call_function, load_function, scorer_of, unpadded
+from rlhf_kit.values import no_values
 
 SHOWN_PROMPTS = 3
 
@@ -105,7 +106,7 @@ class Examination:
                 rollout,
                 policy=role,
                 reference=self.reference,
-                value=lambda piece, states: torch.zeros_like(piece.values),
+                value=no_values,
                 temperature=self.temperature,
                 microbatch=size,
             )

@@ -111,6 +111,7 @@ NEEDED: Mapping[str, str] = {
 
 
 def field_problems(data: dict[str, Any], marked: MarkedYaml) -> Iterator[Problem]:
+    """Yield what is wrong with fields, each by itself or beside others of its section."""
     try:
         Recipe.model_validate(data)
     except ValidationError as invalid:
@@ -221,6 +222,7 @@ def _home(key: str, path: KeyPath, settings: type[BaseModel] | None) -> str:
 
 
 def chain_problems(stages: Any, folder: Path) -> Iterator[Problem]:
+    """Yield where a stage names another that is not before it, or not of the kind that is wanted there."""
     if not isinstance(stages, dict):
         return
     order = {name: index for index, name in enumerate(stages)}

@@ -57,6 +57,7 @@ class Batch:
 
 
 def batches(card: DataCard, source: Sequence[Path] | HubSource, book: Book) -> Iterator[Batch]:
+    """Yield the rows of a card in batches: of plain files from their columns, which is faster, else row by row."""
     files = [] if isinstance(source, HubSource) else list(source)
     if not files or not all(_is_plain(card, path) for path in files):
         yield from _by_rows(card, source, book)

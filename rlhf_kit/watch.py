@@ -29,6 +29,7 @@ from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import Guard as GuardSettings
 from rlhf_kit.rollout import sampled, scored_by_models, scores_of
 from rlhf_kit.scorers import Scorer, Written, unpadded
+from rlhf_kit.values import no_values
 
 
 class Watch:
@@ -123,7 +124,7 @@ class Watch:
                 rollout,
                 policy=policy,
                 reference=reference,
-                value=lambda piece, states: torch.zeros_like(piece.values),
+                value=no_values,
                 temperature=self.temperature,
                 microbatch=size,
             )
