@@ -249,13 +249,16 @@ def test_the_value_function_starts_as_the_normalised_score(world):
     torch.testing.assert_close(values, (scores - 0.5) / 2.0, rtol=0, atol=1e-5)
 
 
-def test_an_ensembles_states_are_its_first_members(world):
+def test_an_ensembles_states_are_its_first_members(world, monkeypatch):
     """As the value function starts as the first."""
     shared, text_format = world
     rollout = roles.sampled(shared, text_format)
-    _, states = AdapterScorer(shared, ["reward", "value"]).scores_and_states(Written([], [], rollout.ids, rollout.mask))
+    monkeypatch.setitem(shared.heads, "reference", shared.heads["reward"])
+    scorer = AdapterScorer(shared, ["reward", "reference"])
+    _, states = scorer.scores_and_states(Written([], [], rollout.ids, rollout.mask))
     with torch.no_grad():
-        assert torch.equal(states, shared.hidden("reward", rollout.ids, rollout.mask))
+        first, second = (shared.hidden(role, rollout.ids, rollout.mask) for role in scorer.roles)
+    assert torch.equal(states, first) and not torch.equal(states, second)
 
 
 @pytest.mark.parametrize("width", [64, 96])
