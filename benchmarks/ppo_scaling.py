@@ -1,10 +1,12 @@
-"""How PPO's memory and time grow: with the batch, the tokens, the updates; beside SFT's memory; on a quantised base.
+"""How PPO's memory and time grow: with the batch, the tokens, the updates; beside SFT's memory; on a quantised base;
+and what activation checkpointing gives and takes.
 
     python benchmarks/ppo_scaling.py
+    python benchmarks/ppo_scaling.py --only batch checkpointing
     python benchmarks/ppo_scaling.py --quick    fewer updates
 
-The 15 M shape of ppo_vs_trl.py, fixed lengths, 8 rows a microbatch. Memory is the process's peak less what importing
-takes; time is that of a step, the first left out.
+The 15 M shape of ppo_vs_trl.py (checkpointing: its 135 M shape), fixed lengths, 8 rows a microbatch. Memory is the
+process's peak less what importing takes; time is that of a step, the first left out.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import yaml
 from measure import arguments, print_table, write
-from ppo_vs_trl import SHAPES, environment, imports_only, prepare, watch
+from ppo_vs_trl import SHAPES, Shape, environment, imports_only, prepare, watch
 
 MICROBATCH = 8
 BATCHES = (8, 16, 32, 64, 128)
 COMPLETIONS = (12, 24, 48, 96)
+UPDATES = 200
 SHAPE = replace(SHAPES["15m"], batch=max(BATCHES))
+Table = list[dict[str, float]]
 
 
 def ppo(
@@ -35,82 +40,128 @@ def ppo(
     for stage in ("sft", "reward"):  # in processes of their own, for a process's peak is that of all it has done
         watch([*command, "--only", stage], folder, environment())
     for name, value in {"microbatch": MICROBATCH, **settings}.items():
-        command += ["--set", f"stages.ppo.{name}={value}"]
+        command += ["--set", f"stages.ppo.{name}={json.dumps(value)}"]
     seen = watch([*command, "--only", "ppo"], folder, environment())
     lines = (folder / f"run-{quantization}" / "ppo" / "metrics.jsonl").read_text().splitlines()
     return (seen.peak - base) / 1e9, seen.step_seconds, [json.loads(line) for line in lines]
 
 
-def sft_peak(folder: Path, base: int, tokens: int) -> float:
-    """Return the net peak in GB of an SFT stage on rows of `tokens` tokens."""
-    words = " ".join(f"t{n}" for n in range(3, 3 + tokens))
+def sft_peak(folder: Path, shape: Shape, **settings: object) -> float:
+    """Return the net peak in GB of an SFT stage on rows as long as a shape's, its end token included."""
+    words = " ".join(f"t{n}" for n in range(3, 2 + shape.prompt + shape.completion))
     half = len(words) // 2 + words[len(words) // 2 :].index(" ")
     rows = [{"prompt": words[:half], "completion": words[half:]}] * 64
     (folder / "long.jsonl").write_text("".join(json.dumps({**row, "id": n}) + "\n" for n, row in enumerate(rows)))
     card = "---\nrlhf_kit: {kind: demonstrations, source: long.jsonl, heldout: 0}\n---\n"
     (folder / "long.md").write_text(card)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    stage = {"kind": "sft", "data": "long.md", "max_steps": 8, "batch_size": 32, "microbatch": MICROBATCH}
+    stage = {"kind": "sft", "data": "long.md", "max_steps": 4, "batch_size": 32, "microbatch": MICROBATCH, **settings}
     recipe |= {"stages": {"sft": stage}, "evaluation": {}}
     (folder / "sft.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     command = [sys.executable, "-m", "rlhf_kit", "run", "sft.yaml", "--out", "sft_run", "--fresh"]
+    base = imports_only("import rlhf_kit.pipeline, rlhf_kit.stages.sft")
     return (watch(command, folder, environment()).peak - base) / 1e9
+
+
+def by_batch(folder: Path, base: int) -> Table:
+    """Each batch, in memory and time."""
+    table = []
+    for batch in BATCHES:
+        peak, seconds, _ = ppo(folder, base, batch_size=batch)
+        table.append(
+            {"batch": batch, "peak GB": peak, "seconds a step": seconds, "ms a completion": 1000 * seconds / batch}
+        )
+    return table
+
+
+def by_tokens(folder: Path, base: int) -> Table:
+    """Completions of each length, 32 of them."""
+    table = []
+    for tokens in COMPLETIONS:
+        place = folder / str(tokens)
+        place.mkdir()
+        prepare(place, replace(SHAPE, completion=tokens), "llama", "fixed")
+        peak, seconds, _ = ppo(place, base, batch_size=32)
+        total = 32 * (SHAPE.prompt + tokens)
+        table.append(
+            {"tokens": total, "peak GB": peak, "seconds a step": seconds, "ms a token": 1000 * seconds / total}
+        )
+    return table
+
+
+def by_updates(folder: Path, base: int) -> Table:
+    """The peak of one process up to an update, with imports, and by how much it has grown since the fifth."""
+    _, _, metrics = ppo(folder, base, batch_size=8, updates=UPDATES)
+    peaks = [line["memory/peak_bytes"] / 1e9 for line in metrics]
+    ends = (5, UPDATES // 4, UPDATES // 2, UPDATES)
+    return [{"update": end, "peak GB": peaks[end - 1], "of the fifth": peaks[end - 1] / peaks[4]} for end in ends]
+
+
+def beside_sft(folder: Path, base: int) -> Table:
+    """PPO's memory over SFT's, on the same base, rows as long and as many a microbatch."""
+    peak, _, _ = ppo(folder, base, batch_size=32)
+    sft = sft_peak(folder, SHAPE)
+    return [{"ppo GB": peak, "sft GB": sft, "ppo / sft": peak / sft}]
+
+
+def by_precision(folder: Path, base: int) -> Table:
+    """A base that is quantised."""
+    table = []
+    for quantization in ("none", "8bit", "4bit"):
+        peak, _, metrics = ppo(folder, base, quantization, batch_size=32)
+        table.append({"base": quantization, "peak GB": peak, **split(metrics)})
+    return table
+
+
+def by_checkpointing(folder: Path, base: int) -> Table:
+    """Layers that keep what they computed, and such that compute it again; PPO, and SFT's memory."""
+    place, shape, table = folder / "135m", SHAPES["135m"], []
+    place.mkdir()
+    prepare(place, shape, "llama", "fixed")
+    for again in (False, True):
+        peak, seconds, metrics = ppo(place, base, updates=4, activation_checkpointing=again)
+        sft = sft_peak(place, shape, activation_checkpointing=again)
+        figures = {"peak GB": peak, "seconds a step": seconds, **split(metrics)}
+        table.append({"checkpointing": again, **figures, "sft GB": sft, "ppo / sft": peak / sft})
+    return table
+
+
+def split(metrics: Table) -> dict[str, float]:
+    """Return where the time of a step goes, the first left out."""
+    return {
+        "generate s": fmean(line["time/rollout_s"] - line["time/scoring_s"] for line in metrics[1:]),
+        "score s": fmean(line["time/scoring_s"] for line in metrics[1:]),
+        "learn s": fmean(line["time/update_s"] for line in metrics[1:]),
+    }
+
+
+QUESTIONS: dict[str, Callable[[Path, int], Table]] = {
+    "batch": by_batch,
+    "tokens": by_tokens,
+    "updates": by_updates,
+    "sft": beside_sft,
+    "quantization": by_precision,
+    "checkpointing": by_checkpointing,
+}
 
 
 def main() -> None:
     """Measure, and print a table for each question."""
     options = arguments(__doc__ or "")
+    options.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="these questions alone")
     chosen = options.parse_args()
-    updates = 20 if chosen.quick else 200
-    found: dict[str, list[dict[str, float]]] = {}
+    if chosen.quick:
+        global UPDATES
+        UPDATES = 20
+    found: dict[str, Table] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, SHAPE, "llama", "fixed")
         base = imports_only("import rlhf_kit.pipeline, rlhf_kit.stages.ppo")
-        found["batch"] = []
-        for batch in BATCHES:
-            peak, seconds, _ = ppo(folder, base, batch_size=batch)
-            found["batch"].append(
-                {"batch": batch, "peak GB": peak, "seconds a step": seconds, "ms a completion": 1000 * seconds / batch}
-            )
-        print_table(found["batch"])
-        found["tokens"] = []
-        for tokens in COMPLETIONS:
-            longer = replace(SHAPE, completion=tokens)
-            place = folder / str(tokens)
-            place.mkdir()
-            prepare(place, longer, "llama", "fixed")
-            peak, seconds, _ = ppo(place, base, batch_size=32)
-            total = 32 * (SHAPE.prompt + tokens)
-            found["tokens"].append(
-                {"tokens": total, "peak GB": peak, "seconds a step": seconds, "ms a token": 1000 * seconds / total}
-            )
-        print()
-        print_table(found["tokens"])
-        _, _, metrics = ppo(folder, base, batch_size=8, updates=updates)
-        peaks = [line["memory/peak_bytes"] / 1e9 for line in metrics]
-        ends = [5, updates // 4, updates // 2, updates]
-        found["updates"] = [{"update": end, "peak GB, imports included": peaks[end - 1]} for end in ends]
-        print()
-        print_table(found["updates"])
-        sft_base = imports_only("import rlhf_kit.pipeline, rlhf_kit.stages.sft")
-        sft = sft_peak(folder, sft_base, SHAPE.prompt + SHAPE.completion - 1)  # and the end token
-        peak = next(row["peak GB"] for row in found["batch"] if row["batch"] == 32)
-        found["sft"] = [{"ppo GB": peak, "sft GB": sft, "ppo / sft": peak / sft}]
-        print()
-        print_table(found["sft"])
-        print(f"growth from update 5 to {updates}: {peaks[-1] / peaks[4]:.3f}; mean {fmean(peaks):.3f} GB")
-        found["quantization"] = []
-        for quantization in ("none", "8bit", "4bit"):
-            peak, _, metrics = ppo(folder, base, quantization, batch_size=32)
-            split = {
-                "generate s": fmean(line["time/rollout_s"] - line["time/scoring_s"] for line in metrics[1:]),
-                "score s": fmean(line["time/scoring_s"] for line in metrics[1:]),
-                "learn s": fmean(line["time/update_s"] for line in metrics[1:]),
-            }
-            found["quantization"].append({"base": quantization, "peak GB": peak, **split})
-        print()
-        print_table(found["quantization"])
+        for question in chosen.only:
+            found[question] = QUESTIONS[question](folder, base)
+            print_table(found[question])
+            print(flush=True)
     write(chosen.json, found)
 
 

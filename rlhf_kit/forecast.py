@@ -31,7 +31,7 @@ from rlhf_kit.collate import (
 )
 from rlhf_kit.errors import InputError
 from rlhf_kit.examples.loading import Examples, prompts_of
-from rlhf_kit.passes import Passes
+from rlhf_kit.passes import Pass, Passes
 from rlhf_kit.recipe import (
     Cards,
     DPOStage,
@@ -183,7 +183,12 @@ class _Stages:
     ) -> None:
         self.recipe, self.examples, self.format, self.passes = recipe, examples, text_format, passes
         self.context = models.context_length(recipe.base)
-        self.checkpointed = passes.device.type == "cuda"
+
+    def _learn(self, stage: TrainingStage | OnlineStage, rows: int, tokens: int, predicted: int = 0) -> Pass:
+        """What a stage's pass and its way back take."""
+        stock = not isinstance(stage, OnlineStage)
+        again = models.checkpointed(stage.activation_checkpointing, self.passes.trunk, self.passes.device)
+        return self.passes.learn(rows, tokens, predicted, stock=stock, checkpointed=again)
 
     def needs(self) -> Iterator[tuple[str, Need]]:
         for name, stage in self.recipe.stages.items():
@@ -221,8 +226,8 @@ class _Stages:
         """What it takes to learn from rows one by one."""
         steps, pieces = optimizer_steps(lengths.rows, stage), math.ceil(stage.batch_size / stage.microbatch)
         size = min(stage.microbatch, stage.batch_size)
-        learn = self.passes.learn(size, lengths.typical, predicted.typical, stock=True, checkpointed=self.checkpointed)
-        most = self.passes.learn(size, lengths.longest, predicted.longest, stock=True, checkpointed=self.checkpointed)
+        learn = self._learn(stage, size, lengths.typical, predicted.typical)
+        most = self._learn(stage, size, lengths.longest, predicted.longest)
         return self._need(steps, steps * pieces * learn.seconds, 1, 0, most.bytes, 0)
 
     def _reward(self, stage: RewardStage) -> Need:
@@ -259,9 +264,9 @@ class _Stages:
         size = max(1, min(budget // rows.typical, round(tokens / rows.mean)))
         at_once = max(1, min(budget // rows.longest, round(tokens / rows.mean)))
         predicted = (answers.typical, answers.longest) if logprobs else (0, 0)
-        learn = self.passes.learn(size, rows.typical, predicted[0], stock=True, checkpointed=self.checkpointed)
+        learn = self._learn(stage, size, rows.typical, predicted[0])
         read = self.passes.read(size, rows.typical, predicted[0])
-        most = self.passes.learn(at_once, rows.longest, predicted[1], stock=True, checkpointed=self.checkpointed)
+        most = self._learn(stage, at_once, rows.longest, predicted[1])
         pieces = tokens / (size * rows.typical)
         seconds = steps * pieces * (learn.seconds + reads * read.seconds)
         return self._need(steps, seconds, 1, 2 if reads else 0, most.bytes, 0), rows
@@ -287,7 +292,7 @@ class _Stages:
         tokens = prompts.typical + new
         sample = passes.sample(stage.batch_size, prompts.typical, new)
         read, read_logprobs = passes.read(size, tokens), passes.read(size, tokens, new)
-        learn, learn_value = passes.learn(size, tokens, new), passes.learn(size, tokens)
+        learn, learn_value = self._learn(stage, size, tokens, new), self._learn(stage, size, tokens)
         update = (
             sample.seconds
             + (2 * pieces - 1) * read_logprobs.seconds  # policy and reference; learning begins with one of the passes
@@ -304,9 +309,9 @@ class _Stages:
             how = (self.format, self.context, stage.truncate)
             rows = tokenised(tokenise_demonstrations, self.examples[stage.ptx.data].train, *how).rows
             texts = _Lengths.of([len(row["input_ids"]) for row in rows])
-            mixed = passes.learn(size, texts.typical, texts.typical).seconds * stage.ptx.batch_size / size
+            mixed = self._learn(stage, size, texts.typical, texts.typical).seconds * stage.ptx.batch_size / size
             seconds += stage.updates * stage.epochs * stage.minibatches * mixed
-        most = passes.learn(size, prompts.longest + new, new)
+        most = self._learn(stage, size, prompts.longest + new, new)
         at_once = passes.sample(stage.batch_size, prompts.longest, new)
         kept = 0  # of the reward model, for a head on the trunk
         if isinstance(stage, PPOStage) and not own_value and roles:

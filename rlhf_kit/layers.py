@@ -10,15 +10,16 @@ import math
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_kit import recipe
 from rlhf_kit.maths.products import FrozenMatrix, packs
 
 # ---------------------------------------------------------------- frozen weights
@@ -47,6 +48,39 @@ def multiply_packed(causal: nn.Module, trunk: nn.Module) -> None:
 def gains_packed(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a layer is a linear one that only multiplies, and has not been packed; kinds of it do more."""
     return type(layer) is nn.Linear and "forward" not in vars(layer)
+
+
+def keep_no_inputs_of_8bit(model: nn.Module) -> None:
+    """Let bitsandbytes' 8-bit layers of a frozen model keep nothing for the way back.
+
+    By themselves they keep their input, which only a gradient of their weights would need, and keep it where activation
+    checkpointing does not reach it.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    for layer in model.modules():
+        if isinstance(layer, Linear8bitLt):
+            setattr(layer, "forward", functools.partial(_times_8bit, layer))  # noqa: B010
+
+
+def _times_8bit(layer: Any, x: Tensor) -> Tensor:
+    return _EightBitProduct.apply(x, layer) if torch.is_grad_enabled() else type(layer).forward(layer, x)
+
+
+class _EightBitProduct(torch.autograd.Function):
+    """What a frozen 8-bit layer makes of x, with the gradient that it has itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return type(layer).forward(layer, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (slope,), state = upstream, ctx.layer.state
+        weight = state.CB.to(slope.dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1 / 127))
+        return slope @ weight, None
 
 
 # ---------------------------------------------------------------- adapters
@@ -125,16 +159,51 @@ def _is_packed(layer: nn.Module) -> bool:
     return isinstance(layer.forward, FrozenMatrix) and layer.forward.packed is not None
 
 
-# ---------------------------------------------------------------- gated feed-forward blocks
+# ---------------------------------------------------------------- what is kept for the way back
 
 
-def keep_less(trunk: nn.Module, base: recipe.Base) -> None:
-    """Give the gated feed-forward blocks of a trunk, Llama's and those like it, the forward pass of `_gated`."""
+def can_compute_again(model: nn.Module) -> bool:
+    """Return whether `compute_again` finds layers in a model."""
+    return any(isinstance(layer, GradientCheckpointingLayer) for layer in model.modules())
+
+
+def compute_again(trunk: nn.Module, as_now: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Let each layer of a trunk keep its inputs alone for the way back, and compute the rest again there.
+
+    as_now: called on the way there; returns the context in which to compute again.
+
+    Source: Chen et al. 2016 (arXiv 1604.06174), "Training deep nets with sublinear memory cost". transformers' own
+    does it in train mode alone, and torch's would compute again with the adapter that is then active.
+    """
+    for layer in trunk.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            setattr(layer, "forward", functools.partial(_computed_again, layer.forward, as_now))  # noqa: B010
+
+
+def _computed_again(
+    forward: Callable[..., Any], as_now: Callable[[], AbstractContextManager[Any]], *inputs: Any, **settings: Any
+) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **settings)
+    return checkpoint(
+        forward,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing is drawn
+        context_fn=lambda: (nullcontext(), as_now()),
+        **settings,
+    )
+
+
+def keep_less(trunk: nn.Module, dtype: torch.dtype) -> None:
+    """Give the gated feed-forward blocks of a trunk, Llama's and those like it, the forward pass of `_gated`.
+
+    dtype: of the trunk's arithmetic.
+    """
     some = next(trunk.parameters())
     for block in trunk.modules():
-        if _is_gated(block, some.device, getattr(torch, base.dtype)):
-            again = base.quantization != "8bit"  # bitsandbytes keeps the input of its 8-bit layers itself
-            setattr(block, "forward", functools.partial(_gated, block, product_again=again))  # noqa: B010
+        if _is_gated(block, some.device, dtype):
+            setattr(block, "forward", functools.partial(_gated, block))  # noqa: B010
 
 
 @torch.no_grad()
@@ -153,17 +222,15 @@ def _is_gated(block: Any, device: torch.device, dtype: torch.dtype) -> bool:
     return x.is_meta or torch.allclose(block(x), _gated(block, x), rtol=0, atol=0, equal_nan=True)
 
 
-def _gated(self: Any, x: Tensor, *, product_again: bool = True) -> Tensor:
+def _gated(self: Any, x: Tensor) -> Tensor:
     """The forward pass down(act(gate x) * up x), of which only gate x and up x are kept for the way back.
 
-    product_again: their product is made again there for who would keep it.
+    Their product is made again there.
     """
     gate, up = self.gate_proj(x), self.up_proj(x)
     if not torch.is_grad_enabled():
         return self.down_proj(self.act_fn(gate) * up)
     hidden = _Gated.apply(gate, up, self.act_fn)
-    if not product_again:
-        return self.down_proj(hidden)
     gate, up = gate.detach(), up.detach()
     with _made_again(hidden, lambda: self.act_fn(gate) * up):
         return self.down_proj(hidden)

@@ -158,7 +158,7 @@ def load_base(base: recipe.Base, text_format: TextFormat, accelerator: Accelerat
             f"base.model: {base.model}: the tokenizer has {len(text_format.tokenizer)} entries but the embedding "
             f"only {rows} rows; use the tokenizer that belongs to the checkpoint."
         )
-    _steady_4bit_on_cpu(model)
+    _as_frozen(model, base)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -189,8 +189,14 @@ def one_layer(base: recipe.Base, inputs: int, outputs: int, device: torch.device
         else:
             how = {"compute_dtype": dtype, "quant_type": config.bnb_4bit_quant_type}
             layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, **how)
-        _steady_4bit_on_cpu(layer)
+        _as_frozen(layer, base)
     return layer.to(device).eval().requires_grad_(False)
+
+
+def _as_frozen(model: nn.Module, base: recipe.Base) -> None:
+    _steady_4bit_on_cpu(model)
+    if base.quantization == "8bit":
+        layers.keep_no_inputs_of_8bit(model)
 
 
 def _steady_4bit_on_cpu(model: nn.Module) -> None:
@@ -201,6 +207,14 @@ def _steady_4bit_on_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (nn.Module declares no such name)
+
+
+def checkpointed(wanted: bool | None, model: nn.Module, device: torch.device) -> bool:
+    """Return whether a model's layers are to keep their inputs alone for the backward pass.
+
+    wanted: a stage's `activation_checkpointing`.
+    """
+    return layers.can_compute_again(model) and (device.type == "cuda" if wanted is None else wanted)
 
 
 # ---------------------------------------------------------------- the reward model's shape
@@ -370,6 +384,21 @@ def tried(model: PreTrainedModel, adapter: recipe.Adapter, where: str) -> PeftMo
     return peft_model
 
 
+def check_checkpointing(recipe: recipe.Recipe, model: nn.Module) -> None:
+    """Refuse activation checkpointing of layers that cannot be computed again.
+
+    Raises:
+        InputError: a stage of the recipe asks for it.
+    """
+    for name, stage in recipe.stages.items():
+        if stage.activation_checkpointing and not layers.can_compute_again(model):
+            raise InputError(
+                f"{recipe.where(f'stages.{name}.activation_checkpointing')}: true, but transformers cannot compute the "
+                f"layers of {type(model).__name__} again; leave it out, and take a smaller microbatch where memory is "
+                "short."
+            )
+
+
 def lora_config(adapter: recipe.Adapter, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
     """Return the recipe's shape of an adapter as PEFT has it."""
     targets = adapter.target_modules
@@ -517,7 +546,8 @@ class SharedBase:
     different logits, and the ratio of new to old probabilities would not start at 1.
     """
 
-    def __init__(self, causal: PreTrainedModel, base: recipe.Base) -> None:
+    def __init__(self, causal: PreTrainedModel, base: recipe.Base, *, checkpointed: bool = False) -> None:
+        """checkpointed: layers keep their inputs alone for the way back, and compute the rest again there."""
         self.causal = causal
         self.base = base
         self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
@@ -531,7 +561,10 @@ class SharedBase:
         self.unpadded = self._takes_positions and unpadded.works(causal, self._padded, SUMMATION_TOLERANCE[base.dtype])
         """Whether its passes are over real tokens alone."""
         layers.multiply_packed(causal, self.trunk)
-        layers.keep_less(self.trunk, base)
+        if checkpointed:
+            layers.compute_again(self.trunk, lambda: self.using(self._active))
+        else:
+            layers.keep_less(self.trunk, getattr(torch, base.dtype))
         self.output_head = output_head(causal, before)
         """The base's own, which no role changes."""
 
@@ -594,6 +627,9 @@ class SharedBase:
     def using(self, role: str) -> Iterator[None]:
         """Run the block with the adapter of `role`; nothing else switches adapters, and nothing else is changed."""
         before = self._active
+        if role == before:
+            yield
+            return
         self._activate(role)
         try:
             yield
@@ -627,6 +663,11 @@ class SharedBase:
         """
         with self.using(role):
             return unpadded.states(self.causal, ids, mask) if self.unpadded else self._padded(ids, mask)
+
+    def backward(self, role: str, loss: Tensor) -> None:
+        """Add the gradients of a loss that a role's passes made."""
+        with self.using(role):  # once, where each layer that is computed again would switch to it and back
+            loss.backward()
 
     def _padded(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.trunk(

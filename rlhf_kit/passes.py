@@ -51,7 +51,7 @@ class Passes:
         self.head = models.plain_head(causal, causal.get_output_embeddings())
         layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
         self.bytes = self._bytes_of_base(causal, layers)
-        keep_less(self.trunk, recipe.base)
+        keep_less(self.trunk, getattr(torch, recipe.base.dtype))
         self.adapted = _with_adapter(causal, recipe)
         adapt_in_few_passes(causal.modules(), "default")
         stock = models.without_weights(recipe.base)

@@ -119,7 +119,9 @@ def run(
         raise InputError(f"--only {only}: {recipe.path} has no such stage{did_you_mean(only, recipe.stages)}")
     with repeat.explained(published):
         plan = check.plan(recipe)
-    models.tried(models.without_weights(recipe.base), recipe.adapter, recipe.where(models.TARGETS))
+    shape = models.without_weights(recipe.base)
+    models.tried(shape, recipe.adapter, recipe.where(models.TARGETS))
+    models.check_checkpointing(recipe, shape)
     unsure = check_foreign(recipe, plan.foreign)
     folder = out or Path("runs") / (published.name if published else recipe.name)
     artifacts.check_run_directory(folder)

@@ -71,7 +71,7 @@ class PTX:
         loss = torch.zeros((), dtype=torch.float64, device=self.shared.device)
         tokens = learnt_tokens([self.rows[row] for row in batch])
         for part in summed_losses(self.shared, role, rows, self.pad_id, size):
-            (self.coef * part / tokens).backward()
+            self.shared.backward(role, self.coef * part / tokens)
             loss += part.detach().double() / tokens
         return loss
 

@@ -153,6 +153,9 @@ class _Stage(Settings):
     """What becomes of a step whose loss, gradient or score is NaN or infinite: the run ends, or it is not taken."""
     max_skipped: Count = 10
     """Steps of the stage that may be skipped; one more ends the run."""
+    activation_checkpointing: bool | None = None
+    """Whether the layers keep their inputs alone for the backward pass, which computes the rest again: far less memory
+    for a third more arithmetic of learning. null: on a GPU, if transformers can do it with the base."""
 
 
 class TrainingStage(_Stage):

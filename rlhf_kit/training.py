@@ -37,6 +37,7 @@ from rlhf_kit.generation import derived_seed, seed_generators
 from rlhf_kit.gradients import Gradients
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say
+from rlhf_kit.models import checkpointed
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.recipe import TrainingStage
 
@@ -145,7 +146,7 @@ class Training:
             bf16=False,
             fp16=False,
             use_cpu=device.type == "cpu",
-            gradient_checkpointing=device.type == "cuda",
+            gradient_checkpointing=checkpointed(self.settings.activation_checkpointing, self.model, device),
             average_tokens_across_devices=True,
             ddp_find_unused_parameters=False,
             dataloader_pin_memory=device.type == "cuda",

@@ -40,7 +40,7 @@ from rlhf_kit.gradients import Gradients
 from rlhf_kit.maths import advantages, kl, masking, ppo, rewards, statistics
 from rlhf_kit.maths.schedules import learning_rate_factor
 from rlhf_kit.metrics import MetricLog, finite, peak_bytes, progress, say, track_samples
-from rlhf_kit.models import SUMMATION_TOLERANCE, SharedBase, context_length, load_base
+from rlhf_kit.models import SUMMATION_TOLERANCE, SharedBase, checkpointed, context_length, load_base
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.ptx import PTX
 from rlhf_kit.recipe import GRPOStage, OnlineStage, PPOStage, RLOOStage
@@ -199,7 +199,8 @@ class PPO:
     def _load_roles(self) -> None:
         job, settings = self.job, self.settings
         base = load_base(job.recipe.base, self.format, self.accelerator)
-        self.shared = shared = SharedBase(base, job.recipe.base)
+        again = checkpointed(settings.activation_checkpointing, base, base.device)
+        self.shared = shared = SharedBase(base, job.recipe.base, checkpointed=again)
         start = job.adapter(settings.policy)
         shared.add(REFERENCE, start)
         shared.add(POLICY, start, trainable=True)
@@ -718,15 +719,16 @@ class PPO:
                 [masked_means(counted, count, losses, clipped), masked_means(mask, tokens, moved)]
             )
         if not with_value or settings is None:
-            loss.backward()
+            self.shared.backward(POLICY, loss)
             return policy_figures, policy_figures.new_zeros(2), ratio_error
         if settings.value == "adapter":  # it has a graph of its own, for which all of the policy's makes room
-            loss.backward()
+            self.shared.backward(POLICY, loss)
             loss, states = torch.zeros_like(loss), torch.empty(0)
             del logprobs, losses, clipped, begun
         values = self.value(rollout, states)
         losses, clipped = ppo.value_loss(values, rollout.values, returns, settings.value_clip)
-        (loss + settings.value_coef * masking.masked_mean(losses, mask, tokens)).backward()
+        loss = loss + settings.value_coef * masking.masked_mean(losses, mask, tokens)
+        self.shared.backward(VALUE if settings.value == "adapter" else POLICY, loss)
         return policy_figures, masked_means(mask, tokens, losses, clipped), ratio_error
 
     def _policy_losses(self, logprobs: Tensor, rollout: Rollout, advantage: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,14 +44,14 @@ def write_adapters(folder: Path, base: recipe.Base, text_format: TextFormat) -> 
         models.save_adapter(peft_model, folder / name, base)
 
 
-def shared_base(folder: Path, quantization: str = "none") -> tuple[models.SharedBase, TextFormat]:
+def shared_base(folder: Path, quantization: str = "none", **how: bool) -> tuple[models.SharedBase, TextFormat]:
     """Return a tiny base with the roles policy, reference, reward and value, and its text format."""
     if not (folder / "model").exists():
         tiny.make_checkpoint(folder / "model")
     base = base_settings(folder / "model", quantization)
     text_format = load_text_format(base)
     write_adapters(folder, base, text_format)
-    shared = models.SharedBase(models.load_base(base, text_format, Accelerator(cpu=True)), base)
+    shared = models.SharedBase(models.load_base(base, text_format, Accelerator(cpu=True)), base, **how)
     shared.add("reference", folder / "sft")
     shared.add("policy", folder / "sft", trainable=True)
     add_reward_role(shared, "reward", folder / "reward")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from rlhf_kit.errors import InputError
 from rlhf_kit.generation import uniforms
 from rlhf_kit.maths.logprobs import sample_inverse_cdf
 from rlhf_kit.maths.products import FrozenMatrix
+from rlhf_kit.rehearsal import Machine, Rehearsal
 from rlhf_kit.rollout import completion_logprobs, completion_states
 from rlhf_kit.scorers import AdapterScorer, Written, unpadded
 from tests import tiny
@@ -259,6 +261,51 @@ def test_an_ensembles_states_are_its_first_members(world, monkeypatch):
     with torch.no_grad():
         first, second = (shared.hidden(role, rollout.ids, rollout.mask) for role in scorer.roles)
     assert torch.equal(states, first) and not torch.equal(states, second)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train", [False, True])
+def test_8bit_layers_keep_no_input(tmp_path, dtype, train):
+    """They compute what bitsandbytes' do, also backwards and in both modes, and nobody holds on to what came in."""
+    base = roles.base_settings(tiny.make_checkpoint(tmp_path / "model"), "8bit", dtype)
+    causal = models.load_base(base, load_text_format(base), Accelerator(cpu=True)).train(train)
+    layer = causal.model.layers[0].mlp.up_proj
+    torch.manual_seed(0)
+    results, held = [], []
+    for forward in (layer.forward, functools.partial(type(layer).forward, layer)):
+        x = torch.randn(2, 5, layer.in_features, dtype=causal.dtype, requires_grad=True)
+        given = x * 1
+        out = forward(given)
+        there = weakref.ref(given)
+        del given
+        held.append(there() is not None)
+        out.float().square().sum().backward()
+        results.append((out.detach(), x.grad))
+        torch.manual_seed(0)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert held[0] is False
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_layers_that_are_computed_again_give_the_same_gradients(tmp_path_factory, monkeypatch, quantization):
+    """Bit for bit, also when another role is at work by then; and the graph holds little more than their inputs."""
+    monkeypatch.setattr("rlhf_kit.layers.packs", lambda *_: False)  # of packed weights nobody can ask the size
+    found, alive = [], []
+    for again in (False, True):
+        shared, text_format = roles.shared_base(tmp_path_factory.mktemp("world"), quantization, checkpointed=again)
+        rollout = roles.sampled(shared, text_format)
+        with Rehearsal(Machine(1.0, 1.0, 1.0)) as seen:
+            states = completion_states(shared, "policy", rollout)
+            alive.append(seen.alive)
+        ours = completion_logprobs(shared, states, rollout, 1.0)
+        values = shared.heads["value"](completion_states(shared, "value", rollout))
+        with shared.using("reward"):
+            (ours.sum() + values.square().sum()).backward()
+        found.append([ours.detach(), values.detach(), *(p.grad for p in shared.trainable().values())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in found[0][2:])
+    hidden, layers = rollout.mask.sum() * shared.width * 4, len(shared.trunk.layers)
+    assert alive[1] < (layers + 4) * hidden < alive[0] / 2
 
 
 @pytest.mark.parametrize("width", [64, 96])

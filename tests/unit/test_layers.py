@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_kit import recipe
 from rlhf_kit.layers import adapt_in_few_passes, keep_less, multiply_packed
 from rlhf_kit.maths.products import FrozenMatrix
 from rlhf_kit.rehearsal import Machine, rehearsing
@@ -37,10 +36,6 @@ def adapted(llama):
     return llama
 
 
-def base(**settings):
-    return recipe.Base(model="model", dtype="float32", **settings)
-
-
 def through(block, x):
     """What a block makes of x, the bytes that are there for the way back, and the gradients."""
     x = x.clone().requires_grad_()
@@ -58,23 +53,13 @@ def test_a_gated_block_is_the_same_and_keeps_less(adapted, act):
     block = adapted.model.layers[0].mlp
     block.act_fn = {"silu": nn.SiLU(), "gelu_pytorch_tanh": nn.GELU("tanh")}[act]
     plain, x = copy.deepcopy(block), torch.randn(2, 5, 32)
-    keep_less(adapted.model, base())
+    keep_less(adapted.model, torch.float32)
     (out, kept, slopes), (expected, kept_before, expected_slopes) = through(block, x), through(plain, x)
     assert torch.equal(out, expected)
     torch.testing.assert_close(slopes, expected_slopes)
     tokens = 2 * 5
     assert kept == 4 * tokens * (96 + 96 + 3 * 4 + 32)
     assert kept_before == kept + 4 * tokens * (96 + 96)
-
-
-def test_where_the_product_is_kept_anyway_it_is_not_made_again(adapted):
-    """bitsandbytes' 8-bit layers hold their input."""
-    block, x = adapted.model.layers[0].mlp, torch.randn(2, 5, 32)
-    plain = copy.deepcopy(block)
-    keep_less(adapted.model, base(quantization="8bit"))
-    (out, kept, slopes), (expected, kept_before, expected_slopes) = through(block, x), through(plain, x)
-    torch.testing.assert_close((out, slopes), (expected, expected_slopes))
-    assert kept_before == kept + 4 * 2 * 5 * 96
 
 
 def test_an_adapter_keeps_its_input_in_the_precision_of_the_base(llama):
@@ -125,7 +110,7 @@ def test_blocks_that_compute_something_else_are_left_alone(llama, kind):
     layer.mlp = kind(layer.mlp)
     more, x = {"layer": 0} if kind is Told else {}, torch.randn(3, 32)
     expected = layer.mlp(x, **more)
-    keep_less(llama.model, base())
+    keep_less(llama.model, torch.float32)
     assert "forward" not in vars(layer.mlp)
     assert "forward" in vars(llama.model.layers[1].mlp)
     assert torch.equal(layer.mlp(x, **more), expected)
