@@ -16,8 +16,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 from measure import arguments, print_table, write
@@ -26,14 +28,11 @@ from ppo_vs_trl import SHAPES, Shape, environment, imports_only, prepare, watch
 MICROBATCH = 8
 BATCHES = (8, 16, 32, 64, 128)
 COMPLETIONS = (12, 24, 48, 96)
-UPDATES = 200
 SHAPE = replace(SHAPES["15m"], batch=max(BATCHES))
-Table = list[dict[str, float]]
+Table = list[dict[str, Any]]
 
 
-def ppo(
-    folder: Path, base: int, quantization: str = "none", **settings: object
-) -> tuple[float, float, list[dict[str, float]]]:
+def ppo(folder: Path, base: int, quantization: str = "none", **settings: object) -> tuple[float, float, Table]:
     """Run the PPO stage, after what it builds on if there is none; return net peak in GB, seconds, the metrics."""
     command = [sys.executable, "-m", "rlhf_kit", "run", "recipe.yaml", "--out", f"run-{quantization}"]
     command += ["--set", f"base.quantization={quantization}"]
@@ -89,11 +88,11 @@ def by_tokens(folder: Path, base: int) -> Table:
     return table
 
 
-def by_updates(folder: Path, base: int) -> Table:
+def by_updates(folder: Path, base: int, updates: int = 200) -> Table:
     """The peak of one process up to an update, with imports, and by how much it has grown since the fifth."""
-    _, _, metrics = ppo(folder, base, batch_size=8, updates=UPDATES)
+    _, _, metrics = ppo(folder, base, batch_size=8, updates=updates)
     peaks = [line["memory/peak_bytes"] / 1e9 for line in metrics]
-    ends = (5, UPDATES // 4, UPDATES // 2, UPDATES)
+    ends = (5, updates // 4, updates // 2, updates)
     return [{"update": end, "peak GB": peaks[end - 1], "of the fifth": peaks[end - 1] / peaks[4]} for end in ends]
 
 
@@ -151,8 +150,7 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="these questions alone")
     chosen = options.parse_args()
     if chosen.quick:
-        global UPDATES
-        UPDATES = 20
+        QUESTIONS["updates"] = partial(by_updates, updates=20)
     found: dict[str, Table] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
