@@ -14,6 +14,17 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 
+def join() -> Accelerator:
+    """Return the accelerator of this process, which computes in the precision of the weights.
+
+    Attention is kept off cuDNN's kernels, which torch prefers on H100 and later: with a mask their gradients are NaN at
+    some lengths of rows (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Told to stay on the CPU where there is nothing else: it would not join several processes otherwise.
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+
+
 def share(total: int, accelerator: Accelerator) -> range:
     """Return the rows of a global batch of `total` that belong to this process."""
     rank, world = accelerator.process_index, accelerator.num_processes

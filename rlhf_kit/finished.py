@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf_kit import artifacts, foreign, models
+from rlhf_kit import artifacts, distributed, foreign, models
 from rlhf_kit.collate import TextFormat, load_text_format
 from rlhf_kit.errors import InputError, did_you_mean
 from rlhf_kit.foreign import Foreign
@@ -54,7 +53,7 @@ class FinishedRun:
         if base is not None:
             recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"model": base})})
         self.recipe: Recipe = recipe
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = distributed.join()
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """Return the manifest of a finished stage.

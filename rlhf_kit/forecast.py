@@ -103,7 +103,7 @@ def forecast(recipe: Recipe) -> Forecast:
         InputError: what `check` finds; or the passes of the base depend on numbers, so they cannot be rehearsed.
     """
     found = check.plan(recipe)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     libraries = metrics.peak_bytes() if device.type == "cpu" else 0
     stages = _Stages(recipe, found.examples, load_text_format(recipe.base), Passes(recipe, device))
     try:

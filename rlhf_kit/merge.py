@@ -6,6 +6,7 @@ adapter for those; how far the merged model is from the one that was trained is 
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -55,6 +56,7 @@ def merge(run: FinishedRun, stage: str, out: Path) -> Difference:
     rows = [probe["ids"] for probe in manifest["probe"]][:TRIED] if reward else _rows(run, stage)
     with torch.no_grad():
         trained = _outputs(_with_adapter(run, folder, quantised=True, reward=reward), rows, reward)
+        gc.collect()  # two bases need not fit into memory
         model = _with_adapter(run, folder, quantised=False, reward=reward).merge_and_unload()
         merged = _outputs(model, rows, reward)
     _write(run, model, out)

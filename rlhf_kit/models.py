@@ -532,7 +532,7 @@ def open_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         InputError: the folder is not plain LoRA as safetensors; PEFT would take pickled weights.
     """
     check_adapter(folder)
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).eval()
 
 
 # ---------------------------------------------------------------- all roles on one base

@@ -212,8 +212,7 @@ def start(recipe: Recipe) -> Accelerator:
             f"accelerate launch: {sharding[0]} splits the base over processes, and rlhf_kit keeps it whole in each;"
             f"{eight_bit} use recipes/accelerate/multi_gpu.yaml, and base.quantization: 4bit if it does not fit."
         )
-    # Told to stay on the CPU where there is nothing else: it would not join several processes otherwise.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    accelerator = distributed.join()
     world, asked = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     # `accelerate launch --cpu --num_processes 2` starts one process; an address for the other is all it leaves.
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "RANK" not in os.environ

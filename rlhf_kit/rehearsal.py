@@ -26,9 +26,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from rlhf_kit.errors import first_line
 
-ROWS = 512
-"""Of the matrix product that a machine's rate is measured by."""
-MOVED = 2**24
+ROWS = {"cpu": 512}
+MOST_ROWS = 4096
+"""Of the matrix product that a device's rate is measured by: enough to keep it busy."""
+MOVED = {"cpu": 2**24}
+MOST_MOVED = 2**27
 """Numbers of the array that its bandwidth is measured by; no cache holds them."""
 aten = torch.ops.aten
 
@@ -45,8 +47,9 @@ class Machine:
     @classmethod
     def measured(cls, layer: nn.Module, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> Machine:
         """Measure a device: its rate by a linear layer [inputs -> outputs] that is there, forwards and backwards."""
-        rows = torch.randn(ROWS, inputs, device=device, dtype=dtype, requires_grad=True)
-        array = torch.zeros(MOVED, device=device)
+        count = ROWS.get(device.type, MOST_ROWS)
+        rows = torch.randn(count, inputs, device=device, dtype=dtype, requires_grad=True)
+        array = torch.zeros(MOVED.get(device.type, MOST_MOVED), device=device)
         small, chain = (
             torch.zeros(8, device=device, requires_grad=True),
             nn.Sequential(*(nn.SiLU() for _ in range(100))),
@@ -60,7 +63,7 @@ class Machine:
 
         product = _seconds(both_ways, device)
         return cls(
-            flops_per_second=4 * ROWS * inputs * outputs / product,
+            flops_per_second=4 * count * inputs * outputs / product,
             bytes_per_second=2 * array.nbytes / _seconds(lambda: array.add_(1), device),
             seconds_per_operation=_seconds(many, device) / (2 * len(chain)),
         )
