@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf_kit.maths.products import FrozenMatrix, packs
+from rlhf_kit.maths.products import FrozenMatrix, packs, product
 
 # ---------------------------------------------------------------- frozen weights
 
@@ -120,7 +120,7 @@ class _PlusLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        low = x.to(down.dtype) @ down.t()
+        low = product(x.to(down.dtype), down)
         ctx.save_for_backward(x, low, down, up)
         ctx.scaling = scaling
         ctx.mark_dirty(y)
@@ -131,10 +131,10 @@ class _PlusLowRank(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, low, down, up = ctx.saved_tensors
         (slope,) = upstream
-        d_low = (slope @ up).mul_(ctx.scaling)
+        d_low = product(slope, up.t()).mul_(ctx.scaling)
         _, for_x, for_down, for_up, _ = ctx.needs_input_grad
-        d_x = (d_low @ down).to(x.dtype) if for_x else None
-        d_down = d_low.t() @ x.to(down.dtype) if for_down else None
+        d_x = product(d_low, down.t()).to(x.dtype) if for_x else None
+        d_down = product(d_low.t(), x.to(down.dtype).t()) if for_down else None
         d_up = (slope.t() @ low).mul_(ctx.scaling) if for_up else None
         return slope, d_x, d_down, d_up, None
 

@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from rlhf_kit.maths.products import FrozenMatrix
+from rlhf_kit.maths.products import FrozenMatrix, product
 
 
 def matrix(outputs, inputs, bias, dtype=torch.float32):
@@ -45,6 +45,23 @@ def test_no_rows_give_no_results():
     """A process whose share is empty."""
     frozen = FrozenMatrix(matrix(6, 4, False)[0])
     assert frozen(torch.zeros(0, 4)).shape == (0, 6)
+    assert product(torch.zeros(0, 4), torch.ones(6, 4)).shape == (0, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 1, 1), (1, 16, 3), (7, 5, 16), (130, 257, 16), (16, 652, 31)]
+)
+def test_a_product_of_either_side_the_other_way_round(rows, inputs, outputs, dtype):
+    """What the gradients of matrices and adapters are made of."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+    exact, tolerance = x.double() @ weight.double().t(), {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for left in (x, x.t().contiguous().t()):
+        for right in (weight, weight.t().contiguous().t()):
+            found = product(left, right)
+            assert found.dtype == dtype
+            assert (found.double() - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 CPUs have the packed layout")
