@@ -155,7 +155,7 @@ class _Stage(Settings):
     """Steps of the stage that may be skipped; one more ends the run."""
     activation_checkpointing: bool | None = None
     """Whether the layers keep their inputs alone for the backward pass, which computes the rest again: far less memory
-    for a third more arithmetic of learning. null: on a GPU, if transformers can do it with the base."""
+    for half more arithmetic of learning. null: on a GPU, if transformers can do it with the base."""
 
 
 class TrainingStage(_Stage):
