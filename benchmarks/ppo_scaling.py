@@ -40,7 +40,7 @@ def ppo(folder: Path, base: int, quantization: str = "none", **settings: object)
         watch([*command, "--only", stage], folder, environment())
     for name, value in {"microbatch": MICROBATCH, **settings}.items():
         command += ["--set", f"stages.ppo.{name}={json.dumps(value)}"]
-    seen = watch([*command, "--only", "ppo"], folder, environment())
+    seen = watch([*command, "--only", "ppo", "--fresh"], folder, environment())
     lines = (folder / f"run-{quantization}" / "ppo" / "metrics.jsonl").read_text().splitlines()
     return (seen.peak - base) / 1e9, seen.step_seconds, [json.loads(line) for line in lines]
 
@@ -113,7 +113,7 @@ def by_precision(folder: Path, base: int) -> Table:
 
 
 def by_checkpointing(folder: Path, base: int) -> Table:
-    """Layers that keep what they computed, and such that compute it again; PPO, and SFT's memory."""
+    """Layers that keep what they computed, and layers that are computed again; PPO, and SFT's memory."""
     place, shape, table = folder / "135m", SHAPES["135m"], []
     place.mkdir()
     prepare(place, shape, "llama", "fixed")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 def join() -> Accelerator:
     """Return the accelerator of this process, which computes in the precision of the weights.
 
-    Attention is kept off cuDNN's kernels, which torch prefers on H100 and later: with a mask their gradients are NaN at
-    some lengths of rows (https://github.com/pytorch/pytorch/issues/196678).
+    Attention is kept off cuDNN's kernels, which torch prefers on H100 and later: under a mask their gradients can be
+    NaN at some lengths of rows (https://github.com/pytorch/pytorch/issues/196678).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Told to stay on the CPU where there is nothing else: it would not join several processes otherwise.

@@ -163,14 +163,15 @@ def _is_packed(layer: nn.Module) -> bool:
 
 
 def can_compute_again(model: nn.Module) -> bool:
-    """Return whether `compute_again` finds layers in a model."""
-    return any(isinstance(layer, GradientCheckpointingLayer) for layer in model.modules())
+    """Return whether a model of transformers has layers for `compute_again`, and says that they can be."""
+    able: bool = getattr(model, "supports_gradient_checkpointing", False)
+    return able and any(isinstance(layer, GradientCheckpointingLayer) for layer in model.modules())
 
 
 def compute_again(trunk: nn.Module, as_now: Callable[[], AbstractContextManager[Any]]) -> None:
     """Let each layer of a trunk keep its inputs alone for the way back, and compute the rest again there.
 
-    as_now: called on the way there; returns the context in which to compute again.
+    as_now: called on the way there; returns the context in which to compute again, for one way back.
 
     Source: Chen et al. 2016 (arXiv 1604.06174), "Training deep nets with sublinear memory cost". transformers' own
     does it in train mode alone, and torch's would compute again with the adapter that is then active.

@@ -46,6 +46,7 @@ class Passes:
         self.base, self.device = recipe.base, device
         causal = models.without_weights(recipe.base)
         self.config = causal.config.get_text_config()
+        models.check_checkpointing(recipe, causal)
         self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
         self.takes_positions = models.takes_positions(self.trunk)
         self.head = models.plain_head(causal, causal.get_output_embeddings())
@@ -121,8 +122,15 @@ class Passes:
             (self._logprobs(states, predicted) if predicted else states).sum().backward()
         if not checkpointed:
             return Pass(seen.seconds, seen.peak)
-        layers, inputs = self.config.num_hidden_layers, rows * tokens * self.config.hidden_size * states.element_size()
-        return Pass(seen.seconds + self.read(rows, tokens).seconds, layers * inputs + seen.peak / layers)
+        with rehearsing(self.machine) as layers:
+            self._states(rows, tokens, stock=True).last_hidden_state.sum().backward()
+        with rehearsing(self.machine) as head:
+            given = torch.zeros_like(states, requires_grad=True)
+            if predicted:
+                self._logprobs(given, predicted).sum().backward()
+        count = self.config.num_hidden_layers
+        most = (count + 1) * states.nbytes + max(layers.peak / count, head.peak)
+        return Pass(seen.seconds + self.read(rows, tokens).seconds, most)
 
     def _decoding(self) -> AbstractContextManager[Any]:
         """The block samples as a shared base does: folded adapters take no operations of their own."""

@@ -61,8 +61,9 @@ class Pieces:
             if self.size <= self.least:
                 raise OutOfRoom(
                     f"{self.where}: memory ran out with pieces of {self.size} {self.unit}, which cannot be less "
-                    f"({seen}). Shorter rows (max_length, max_new_tokens), base.quantization: 8bit or 4bit, a smaller "
-                    "adapter.r or a smaller base need less, and start the stage anew."
+                    f"({seen}). The stage's activation_checkpointing: true needs less. So do shorter rows (max_length, "
+                    "max_new_tokens), base.quantization: 8bit or 4bit, a smaller adapter.r or a smaller base, which "
+                    "start the stage anew."
                 )
             self.size = max(self.least, self.size // 2)
             say(

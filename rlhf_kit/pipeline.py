@@ -77,7 +77,15 @@ from rlhf_kit.token_cache import tokenised
 
 CARD_FIELDS = ("data", "normalize_on", "prompts")
 """Settings that name a data card: a stage is known by the card's content, not by its path."""
-NOT_OF_THE_RESULT = ("checkpoint_every", "keep_checkpoints", "kl_budget", "on_nonfinite", "max_skipped", "require")
+NOT_OF_THE_RESULT = (
+    "activation_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "kl_budget",
+    "on_nonfinite",
+    "max_skipped",
+    "require",
+)
 """Settings that change nothing a stage leaves behind; a finished stage is not run again for them."""
 
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")

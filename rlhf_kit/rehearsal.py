@@ -26,11 +26,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from rlhf_kit.errors import first_line
 
-ROWS = {"cpu": 512}
-MOST_ROWS = 4096
-"""Of the matrix product that a device's rate is measured by: enough to keep it busy."""
-MOVED = {"cpu": 2**24}
-MOST_MOVED = 2**27
+ROWS, MANY_ROWS = {"cpu": 512}, 4096
+"""Of the matrix product that a device's rate is measured by; on others than CPUs it takes many to keep them busy."""
+MOVED, MANY_MOVED = {"cpu": 2**24}, 2**27
 """Numbers of the array that its bandwidth is measured by; no cache holds them."""
 aten = torch.ops.aten
 
@@ -47,9 +45,9 @@ class Machine:
     @classmethod
     def measured(cls, layer: nn.Module, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> Machine:
         """Measure a device: its rate by a linear layer [inputs -> outputs] that is there, forwards and backwards."""
-        count = ROWS.get(device.type, MOST_ROWS)
+        count = ROWS.get(device.type, MANY_ROWS)
         rows = torch.randn(count, inputs, device=device, dtype=dtype, requires_grad=True)
-        array = torch.zeros(MOVED.get(device.type, MOST_MOVED), device=device)
+        array = torch.zeros(MOVED.get(device.type, MANY_MOVED), device=device)
         small, chain = (
             torch.zeros(8, device=device, requires_grad=True),
             nn.Sequential(*(nn.SiLU() for _ in range(100))),

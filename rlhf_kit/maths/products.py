@@ -20,8 +20,8 @@ class FrozenMatrix:
 
     On a CPU with x86's instructions, in float32, products are made from W in oneDNN's own layout (`packed`). Compared
     with the plain product, one of few rows, as in decoding, then takes half the time and one of many rows a seventh
-    less, and what comes out for a row does not depend on how many others there are. Everywhere else, and for the
-    gradient, it is the plain product.
+    less, and what comes out for a row does not depend on how many others there are. Everywhere else it is
+    the plain product; the gradient is `product`'s.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -81,12 +81,12 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T [n, O] of x [n, I] and W [O, I], without a gradient.
+    """Return x W^T [..., O] of x [..., I] and W [O, I], without a gradient.
 
     oneDNN takes either as it is when it lies the other way round, as in gradients, and then needs a tenth less than the
-    plain product; where one side is short, as an adapter's rank, half.
+    plain product, and a quarter to two fifths less where one side is short, as an adapter's rank.
     """
-    if packs(x.device, x.dtype):
+    if x.shape[-1] and packs(x.device, x.dtype):  # it knows no sums over nothing
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return torch.nn.functional.linear(x, weight)
 

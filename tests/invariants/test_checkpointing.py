@@ -7,7 +7,7 @@ import torch
 from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from rlhf_kit import models
+from rlhf_kit import layers, models
 from rlhf_kit.errors import InputError
 from rlhf_kit.stages import dpo, ppo, rejection_sampling, reward, sft
 from tests.invariants import policy_jobs, stage_jobs, test_ppo
@@ -58,17 +58,20 @@ def job_of(folder, kind, again, quantization, settings):
 )
 def test_every_stage_learns_the_same(tmp_path, monkeypatch, kind, quantization, settings):
     """Adapter and metrics are the same to the bit, though blocks with a gradient are computed more than once."""
-    computed, forward = {False: 0, True: 0}, LlamaMLP.forward
+    computed = {False: 0, True: 0}
 
-    def counted(self, x):
-        computed[again] += torch.is_grad_enabled()
-        return forward(self, x)
+    def counted(forward):
+        def forward_counted(self, x):
+            computed[again] += torch.is_grad_enabled()
+            return forward(self, x)
+
+        return forward_counted
 
     for again in computed:
         job = job_of(tmp_path, kind, again, quantization, settings)
         with monkeypatch.context() as patch:
-            patch.setattr("rlhf_kit.layers._gated", counted)
-            patch.setattr(LlamaMLP, "forward", counted)
+            patch.setattr(layers, "_gated", counted(layers._gated))
+            patch.setattr(LlamaMLP, "forward", counted(LlamaMLP.forward))
             RUN[kind](job)
     folders = [tmp_path / f"run-{again}" / kind for again in computed]
     (plain, ours), (lines, same) = map(adapter_weights, folders), map(metrics, folders)

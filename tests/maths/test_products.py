@@ -46,6 +46,7 @@ def test_no_rows_give_no_results():
     frozen = FrozenMatrix(matrix(6, 4, False)[0])
     assert frozen(torch.zeros(0, 4)).shape == (0, 6)
     assert product(torch.zeros(0, 4), torch.ones(6, 4)).shape == (0, 6)
+    assert torch.equal(product(torch.zeros(2, 0), torch.ones(6, 0)), torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from rlhf_kit.collate import load_text_format
 from rlhf_kit.errors import InputError
 from rlhf_kit.maths.products import FrozenMatrix, packs
 from rlhf_kit.recipe_reading import load_recipe
-from rlhf_kit.rehearsal import Machine, rehearsing
+from rlhf_kit.rehearsal import Machine, Rehearsal, rehearsing
 from tests.end_to_end import chain
 from tests.invariants import roles
 
@@ -118,17 +118,20 @@ def test_a_shared_base_holds_the_copies_that_are_told(tmp_path, quantization, dt
     assert bool(others) == (bool(there_packed) and quantization == "none")
 
 
-@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize(
+    ("stock", "checkpointed", "least", "most"),
+    [(False, False, 0.95, 1.05), (True, False, 0.95, 1.05), (False, True, 0.95, 1.3)],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, dtype):
+def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, checkpointed, least, most, dtype):
     """What is alive at most in a rehearsal is what is alive when the same pass is computed on a CPU, in a stage that
-    shares a base and in one of a stock trainer.
+    shares a base and in one of a stock trainer; of layers that are computed again not less.
     """
     monkeypatch.setattr("rlhf_kit.layers.packs", lambda *_: False)  # of packed weights nobody can ask the size
     monkeypatch.setattr("rlhf_kit.maths.products.packs", lambda *_: False)
     recipe = load_recipe(chain.write_chain(tmp_path, base={"dtype": dtype}))
     there = passes.Passes(recipe, CPU)
-    rehearsed = there.learn(4, 40, 10, stock=stock)
+    rehearsed = there.learn(4, 40, 10, stock=stock, checkpointed=checkpointed)
 
     text_format = load_text_format(recipe.base)
     fresh = models.add_adapter(
@@ -140,10 +143,11 @@ def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, d
         base=recipe.base,
     )
     models.save_adapter(fresh, tmp_path / "adapter", recipe.base)
-    shared = models.SharedBase(models.load_base(recipe.base, text_format, Accelerator(cpu=True)), recipe.base)
+    causal = models.load_base(recipe.base, text_format, Accelerator(cpu=True))
+    shared = models.SharedBase(causal, recipe.base, checkpointed=checkpointed)
     shared.add("policy", tmp_path / "adapter", trainable=True)
     ids, mask = torch.ones(4, 40, dtype=torch.long), torch.ones(4, 40, dtype=torch.bool)
-    with rehearsing(MACHINE) as seen:
+    with Rehearsal(MACHINE) if checkpointed else rehearsing(MACHINE) as seen:
         if stock:
             states = fresh.base_model.model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         else:
@@ -151,7 +155,7 @@ def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, d
         hidden = states[:, -10:].flatten(0, 1)
         logprobs = passes.token_logprobs(hidden, shared.output_head, ids[:, -10:].flatten(), 1.0, 2**20)
         logprobs.sum().backward()
-    assert rehearsed.bytes == pytest.approx(seen.peak, rel=0.05)
+    assert least * seen.peak <= rehearsed.bytes <= most * seen.peak
 
 
 def test_a_model_that_cannot_be_rehearsed_is_named(recipe, monkeypatch):

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from rlhf_kit import artifacts, pipeline
+from rlhf_kit import artifacts, distributed, pipeline
 from rlhf_kit.errors import InputError, Interrupted
 from rlhf_kit.model_folders import ModelFolder
 from rlhf_kit.stages import Job, Outcome
@@ -56,6 +57,13 @@ def world(tmp_path, monkeypatch) -> World:
 
 
 ALL = ["sft", "reward", "ppo", "summary"]
+
+
+def test_attention_is_kept_off_cudnns_kernels():
+    """Some of their gradients are NaN."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    distributed.join()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 class TestSkipping:
@@ -108,9 +116,10 @@ class TestSkipping:
         assert world.run() == ALL
 
     def test_a_setting_that_changes_no_result_runs_nothing(self, world):
-        """How often a checkpoint is written is not part of what a stage was made from."""
+        """How often a checkpoint is written is not part of what a stage was made from, nor what is computed twice."""
         world.run()
         assert world.run("stages.ppo.checkpoint_every.updates=1", "stages.ppo.kl_budget=3") == []
+        assert world.run("stages.sft.activation_checkpointing=true") == []
 
     def test_another_evaluation_only_measures_again(self, world):
         """A changed evaluation leaves the stages alone."""
