@@ -158,6 +158,14 @@ def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, c
     assert least * seen.peak <= rehearsed.bytes <= most * seen.peak
 
 
+def test_layers_that_cannot_be_computed_again_are_refused(recipe, monkeypatch):
+    """As a run would refuse them."""
+    monkeypatch.setattr("rlhf_kit.layers.can_compute_again", lambda _: False)
+    assert told(recipe).needs
+    with pytest.raises(InputError, match=r"stages\.ppo\.activation_checkpointing: true, but"):
+        told(recipe, "stages.ppo.activation_checkpointing=true")
+
+
 def test_a_model_that_cannot_be_rehearsed_is_named(recipe, monkeypatch):
     """One message, wrong input, and what to do instead."""
 
