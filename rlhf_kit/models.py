@@ -384,16 +384,16 @@ def tried(model: PreTrainedModel, adapter: recipe.Adapter, where: str) -> PeftMo
     return peft_model
 
 
-def check_checkpointing(recipe: recipe.Recipe, model: nn.Module) -> None:
+def check_checkpointing(whole: recipe.Recipe, model: nn.Module) -> None:
     """Refuse activation checkpointing of layers that cannot be computed again.
 
     Raises:
         InputError: a stage of the recipe asks for it.
     """
-    for name, stage in recipe.stages.items():
+    for name, stage in whole.stages.items():
         if stage.activation_checkpointing and not layers.can_compute_again(model):
             raise InputError(
-                f"{recipe.where(f'stages.{name}.activation_checkpointing')}: true, but transformers cannot compute the "
+                f"{whole.where(f'stages.{name}.activation_checkpointing')}: true, but transformers cannot compute the "
                 f"layers of {type(model).__name__} again; leave it out, and take a smaller microbatch where memory is "
                 "short."
             )

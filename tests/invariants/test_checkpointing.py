@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
+from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM, JetMoeConfig, JetMoeForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf_kit import layers, models
@@ -84,16 +84,25 @@ def without_clock(line):
     return {name: value for name, value in line.items() if not name.startswith("throughput/")}
 
 
-def test_layers_that_cannot_be_computed_again(tmp_path):
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+WITHOUT = {
+    "no such layers": lambda: GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(num_attention_heads=2, **SHAPE)),
+    "says that it cannot": lambda: JetMoeForCausalLM(
+        JetMoeConfig(intermediate_size=8, num_key_value_heads=1, kv_channels=4, num_local_experts=2, **SHAPE)
+    ),
+}
+
+
+@pytest.mark.parametrize("why", WITHOUT)
+def test_layers_that_cannot_be_computed_again(tmp_path, why):
     """They stay as they are where nobody asked for it; who asks is told where, and what to do instead."""
     recipe = stage_jobs.make_recipe(tmp_path)
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
-    model = GPTNeoXJapaneseForCausalLM(GPTNeoXJapaneseConfig(**shape))
+    model = WITHOUT[why]()
     assert not models.checkpointed(None, model, torch.device("cuda"))
     models.check_checkpointing(recipe, model)
     asked = stage_jobs.make_recipe(tmp_path, activation_checkpointing=True)
     with pytest.raises(
-        InputError, match=r"recipe\.yaml:\d+: stages\.sft\.activation_checkpointing: true, but .*Japanese"
+        InputError, match=r"recipe\.yaml:\d+: stages\.sft\.activation_checkpointing: true, but .*ForCausalLM again"
     ):
         models.check_checkpointing(asked, model)
     models.check_checkpointing(asked, models.without_weights(asked.base))
