@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,6 +277,20 @@ def test_the_step_0_invariants_hold(tmp_path, quantization):
     found = ppo.PPO(make_job(tmp_path, quantization=quantization)).check_invariants()
     assert found["kl"] == 0
     assert found["first_ratio_error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ratio", "sound"), [("float32", 1.1, False), ("bfloat16", 1.2, True), ("bfloat16", 1.4, False)]
+)
+def test_the_first_ratio_may_be_off_by_rounding_alone(tmp_path, monkeypatch, dtype, ratio, sound):
+    """Which in bfloat16 is an eighth of a nat where a logit is above 16."""
+    job = make_job(tmp_path)
+    base = job.recipe.base.model_copy(update={"dtype": dtype})
+    trainer = ppo.PPO(replace(job, recipe=job.recipe.model_copy(update={"base": base})))
+    whole = trainer._logprobs_with_gradients
+    monkeypatch.setattr(trainer, "_logprobs_with_gradients", lambda *args: whole(*args) + math.log(ratio))
+    with nullcontext() if sound else pytest.raises(RuntimeError, match="first_ratio_error"):
+        trainer.check_invariants()
 
 
 def test_a_reward_model_that_changed_is_noticed(tmp_path):

@@ -158,6 +158,15 @@ def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, c
     assert least * seen.peak <= rehearsed.bytes <= most * seen.peak
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_layers_that_are_computed_again_take_time_for_memory(recipe, stage):
+    """In the stage that says so, and in no other."""
+    kept, again = told(recipe).needs, told(recipe, f"stages.{stage}.activation_checkpointing=true").needs
+    assert again[stage].learning < kept[stage].learning
+    assert again[stage].seconds > kept[stage].seconds
+    assert all(again[name] == kept[name] for name in kept if name != stage)
+
+
 def test_layers_that_cannot_be_computed_again_are_refused(recipe, monkeypatch):
     """As a run would refuse them."""
     monkeypatch.setattr("rlhf_kit.layers.can_compute_again", lambda _: False)

@@ -66,6 +66,14 @@ def test_attention_is_kept_off_cudnns_kernels():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_layers_that_cannot_be_computed_again_are_refused(world, monkeypatch):
+    """Before anything is written."""
+    monkeypatch.setattr("rlhf_kit.layers.can_compute_again", lambda _: False)
+    with pytest.raises(InputError, match=r"stages\.sft\.activation_checkpointing: true, but"):
+        world.run("stages.sft.activation_checkpointing=true")
+    assert not world.out.exists()
+
+
 class TestSkipping:
     def test_a_finished_recipe_is_not_run_again(self, world, capsys):
         """The second run of an unchanged recipe runs nothing, changes nothing, says so, and has the same summary."""
