@@ -54,6 +54,7 @@ from rlhf_kit.generation import derived_seed, generate, uniforms
 from rlhf_kit.maths import preference
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.maths.logprobs import OutputHead, token_logprobs
+from rlhf_kit.maths.statistics import mean_and_spread
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import (
     BASE,
@@ -355,7 +356,7 @@ class Ensemble:
         Raises: InputError when they all have the same score.
         """
         raw = self.raw(reference["rows"], "demonstrations")
-        self.units = [(float(scores.mean()), float(scores.std(correction=0))) for scores in raw]
+        self.units = [mean_and_spread(scores.numpy()) for scores in raw]
         for mean, std in self.units:
             if not std > 0:
                 raise InputError(
@@ -363,7 +364,7 @@ class Ensemble:
                     f"same score ({mean:.4g}), so there is no unit; name a card with several different demonstrations."
                 )
         scores = self._combined(raw)
-        mean, std = float(scores.mean()), float(scores.std(correction=0))
+        mean, std = mean_and_spread(scores.numpy())
         say(
             f"{self.job.name}: {len(scores)} demonstrations of {reference['card']} score {mean:.4g} ± {std:.4g}; "
             "0 ± 1 in PPO"
