@@ -1,5 +1,5 @@
 """How PPO's memory and time grow: with the batch, the tokens, the updates; beside SFT's memory; on a quantised base;
-and what activation checkpointing gives and takes.
+what activation checkpointing gives and takes; and RLOO's with the completions of a prompt.
 
     python benchmarks/ppo_scaling.py
     python benchmarks/ppo_scaling.py --only batch checkpointing
@@ -28,6 +28,7 @@ from ppo_vs_trl import SHAPES, Shape, environment, imports_only, prepare, watch
 MICROBATCH = 8
 BATCHES = (8, 16, 32, 64, 128)
 COMPLETIONS = (12, 24, 48, 96)
+GROUPS = (2, 4, 8, 16)
 SHAPE = replace(SHAPES["15m"], batch=max(BATCHES))
 Table = list[dict[str, Any]]
 
@@ -125,6 +126,21 @@ def by_checkpointing(folder: Path, base: int) -> Table:
     return table
 
 
+def by_group(folder: Path, base: int) -> Table:
+    """32 completions of fewer and fewer prompts, each of which is computed once for those of its that share a pass."""
+    place, table = folder / "rloo", []
+    place.mkdir()
+    prepare(place, SHAPE, "llama", "fixed")
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    recipe["stages"]["ppo"]["kind"] = "rloo"
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for completions in GROUPS:
+        peak, seconds, metrics = ppo(place, base, batch_size=32, completions_per_prompt=completions)
+        figures = {"peak GB": peak, "seconds a step": seconds, **split(metrics)}
+        table.append({"completions a prompt": completions, **figures})
+    return table
+
+
 def split(metrics: Table) -> dict[str, float]:
     """Return where the time of a step goes, the first left out."""
     return {
@@ -141,6 +157,7 @@ QUESTIONS: dict[str, Callable[[Path, int], Table]] = {
     "sft": beside_sft,
     "quantization": by_precision,
     "checkpointing": by_checkpointing,
+    "groups": by_group,
 }
 
 

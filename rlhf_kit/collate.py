@@ -638,27 +638,24 @@ def pass_cost() -> int:
     return 512 if torch.accelerator.is_available() else 128
 
 
-def forward_passes(lengths: Sequence[int], budget: int | None = None, *, unpadded: bool = False) -> list[list[int]]:
+def forward_passes(lengths: Sequence[int], budget: int | None = None) -> list[list[int]]:
     """Return rows in forward passes, longest first, that take the least time: rows of like length share one.
 
     The least is found among all ways of cutting the rows, sorted by length, into passes. A pass has at most `budget`
-    tokens, padding included; a longer row is alone. unpadded: padding is not computed and not counted, but results are
-    laid out in rows again, which have at most twice as many places.
+    tokens, padding included; a longer row is alone.
     """
     budget = sum(lengths) * len(lengths) if budget is None else budget
     cost = pass_cost()
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     longest = torch.tensor([lengths[row] for row in order], dtype=torch.float64)
-    before = torch.nn.functional.pad(longest.cumsum(0), (1, 0))  # tokens of the rows before each
     least = torch.zeros(len(order) + 1, dtype=torch.float64)  # time of the first rows
     start = [0] * (len(order) + 1)  # of the last pass among the first rows
     for end in range(1, len(order) + 1):
         first = max(0, min(end - 1, end - budget // max(1, lengths[order[end - 1]])))
         rows = end - torch.arange(first, end)
-        places = longest[first:end] * rows
-        tokens = before[end] - before[first:end] if unpadded else places
+        tokens = longest[first:end] * rows
         time = least[first:end] + tokens + cost
-        time[((tokens > budget) | (places > 2 * budget)) & (rows > 1)] = torch.inf
+        time[(tokens > budget) & (rows > 1)] = torch.inf
         least[end], cut = time.min(0)
         start[end] = first + int(cut)
     passes = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -41,6 +41,7 @@ from rlhf_kit.models import BASE, SharedBase
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.ptx import mean_loss
 from rlhf_kit.recipe import Cards, DPOStage, KTOStage, OnlineStage, PPOStage, RewardStage, SFTStage
+from rlhf_kit.rollout import microbatches
 
 OTHER = "policy of another run"
 """Its role; its name may hold what the name of a role may not."""
@@ -280,17 +281,20 @@ class Comparison:
 
         Both are measured on the same prompts, the first `best_of_prompts`.
         """
-        whole = self.examination
+        whole, samples = self.examination, self.asked.best_of
         rows = range(min(self.asked.best_of_prompts, len(whole.prompts)))
-        some = replace(whole, prompts=whole.prompts[: len(rows)], prompt_ids=whole.prompt_ids[: len(rows)])
-        columns: dict[str, list[list[float]]] = {"score": [], "gold": [], "length": []}  # [draw][prompt]
+        some = whole.rows(rows)
+        uniform = torch.stack([some.uniforms("best of n", draw) for draw in range(samples)], dim=1)
+        columns: dict[str, list[float]] = {"score": [], "gold": [], "length": []}  # of all samples of a prompt in turn
+        pieces = list(microbatches(rows, max(1, whole.pieces.size // samples)))
         with torch.no_grad():
-            for draw in progress(range(self.asked.best_of), desc=f"best of n, samples of {whole.reference}"):
-                rollout, written = some.sampled(whole.reference, "best of n", draw)
-                columns["score"].append(some.scores(written, whole.reference) or [])
-                columns["gold"].append(some.judged(written.texts) or [])
-                columns["length"].append(rollout.completion_mask.sum(1).tolist())
-        by_prompt = {name: [list(column) for column in zip(*draws, strict=True)] for name, draws in columns.items()}
+            for piece in progress(pieces, desc=f"best of n, samples of {whole.reference}"):
+                several = some.rows([row for row in piece for _ in range(samples)])
+                rollout, written = several.sampled(whole.reference, uniform[piece].flatten(0, 1))
+                columns["score"] += several.scores(written, whole.reference) or []
+                columns["gold"] += several.judged(written.texts) or []
+                columns["length"] += rollout.completion_mask.sum(1).tolist()
+        by_prompt = {name: [*microbatches(values, samples)] for name, values in columns.items()}
         points = []
         for n in powers_of_two(self.asked.best_of):
             per_prompt = {

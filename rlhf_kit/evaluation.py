@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from rlhf_kit.batches import Rollout
 from rlhf_kit.check import evaluation_card, evaluation_lengths
@@ -93,13 +94,18 @@ class Examination:
     pieces: Pieces
     """How many prompts are answered at a time."""
 
+    def rows(self, index: Sequence[int]) -> Examination:
+        """Return the same of some of the prompts."""
+        prompts = [self.prompts[row] for row in index]
+        return replace(self, prompts=prompts, prompt_ids=[self.prompt_ids[row] for row in index])
+
     @torch.no_grad()
     def answers(self, role: str) -> System:
         """Return what a role answers.
 
         Raises: InputError when a score is not finite.
         """
-        rollout, written = self.sampled(role)
+        rollout, written = self.sampled(role, self.uniforms())
         logprobs, _ = self.pieces.whole(
             lambda size: scored_by_models(
                 self.shared,
@@ -128,9 +134,12 @@ class Examination:
             lengths=mask.sum(1).tolist(),
         )
 
-    def sampled(self, role: str, *draw: object) -> tuple[Rollout, Written]:
-        """Return a role's completions, one for each prompt; another `draw` gives others."""
-        uniform = uniforms(range(len(self.prompts)), len(self.prompts), self.limit, self.seed, "evaluation", *draw)
+    def uniforms(self, *draw: object) -> Tensor:
+        """Return the numbers that completions of the prompts are made from, as `generate` takes them."""
+        return uniforms(range(len(self.prompts)), len(self.prompts), self.limit, self.seed, "evaluation", *draw)
+
+    def sampled(self, role: str, uniform: Tensor) -> tuple[Rollout, Written]:
+        """Return a role's completions, one for each prompt."""
         return sampled(
             self.shared,
             role,

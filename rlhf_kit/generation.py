@@ -64,9 +64,9 @@ class _Room(DynamicLayer):
             room[:, :, start:end] = states
         return self._show(end)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows of these indices alone."""
-        self.rooms = [room[indices] for room in self.rooms]
+        self.rooms = [room[beam_idx] for room in self.rooms]
         self._show(self.get_seq_length())
 
     def _show(self, end: int) -> tuple[Tensor, Tensor]:
@@ -81,6 +81,13 @@ def _with_room(cache: Cache, tokens: int) -> Cache:
         for layer in cache.layers
     ]
     return cache
+
+
+def _distinct(prompts: PromptBatch) -> tuple[PromptBatch, Tensor]:
+    """Return prompts, each once, and which of them each row [B] has."""
+    rows = [*map(tuple, torch.where(prompts.prompt_mask, prompts.prompt_ids, -1).tolist())]
+    number = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+    return prompts.rows([rows.index(row) for row in number]), torch.tensor([number[row] for row in rows])
 
 
 @torch.no_grad()
@@ -99,7 +106,7 @@ def generate(
 
     uniform: [B, C] numbers in [0, 1), one for every token that may be sampled; they set C.
     tell: called with the tokens of each step, of the rows that have not ended before.
-    A row that has ended leaves the batch, so the steps get cheaper as rows end.
+    A row that has ended leaves the batch, so the steps get cheaper as rows end. A prompt of several rows is read once.
     """
     device = shared.device
     count, limit = uniform.shape
@@ -110,16 +117,21 @@ def generate(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
 
     running = torch.arange(count, device=device)
-    mask, step_ids, cache = prompts.prompt_mask.to(device), prompts.prompt_ids.to(device), None
+    asked, prompt_of = _distinct(prompts)
+    mask, step_ids, cache = asked.prompt_mask.to(device), asked.prompt_ids.to(device), None
     with shared.decoding(role):
         for step in progress(range(limit), desc="  generating, tokens"):
             positions = {name: tensor[:, -step_ids.shape[1] :] for name, tensor in shared.positions(mask).items()}
             output = shared.trunk(
                 input_ids=step_ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
             )
+            states = output.last_hidden_state[:, -1]
             if cache is None:
-                cache = _with_room(output.past_key_values, mask.shape[1] + limit)
-            logits = shared.output_head(output.last_hidden_state[:, -1])
+                cache, states, mask = output.past_key_values, states[prompt_of], mask[prompt_of]
+                if len(asked.prompt_ids) < count:
+                    cache.reorder_cache(prompt_of)
+                cache = _with_room(cache, mask.shape[1] + limit)
+            logits = shared.output_head(states)
             probabilities = tempered(logits, temperature).softmax(dim=-1)
             tokens = inverse_cdf(probabilities, uniform[running, step])
             ids[running, step] = tokens
@@ -134,7 +146,7 @@ def generate(
                 if len(going_on) == 0:
                     break
                 running, tokens, mask = running[going_on], tokens[going_on], mask[going_on]
-                cache.batch_select_indices(going_on)
+                cache.reorder_cache(going_on)
             step_ids = tokens.unsqueeze(1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 

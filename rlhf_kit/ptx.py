@@ -95,7 +95,8 @@ def summed_losses(
         return
     ids, mask = right_pad([row["input_ids"] for row in rows], pad_id)
     labels, _ = right_pad([row["labels"] for row in rows], IGNORED)
-    for piece in of_like_length(mask, range(len(rows)), size, unpadded=shared.unpadded):
+    own = range(len(rows))
+    for piece in of_like_length(ids, mask, own, size, prompts=own, unpadded=shared.unpadded):
         columns = int(mask[piece].sum(1).max())
         tokens, real, wanted = (tensor[piece, :columns].to(shared.device) for tensor in (ids, mask, labels))
         states = shared.hidden(role, tokens, real)[:, :-1]

@@ -7,7 +7,7 @@ logits at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,12 +21,16 @@ from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.scorers import Written
+from rlhf_kit.unpadded import in_common
 
 T = TypeVar("T")
 
 LOGITS = {"cpu": 3 * 2**19}
 """How many float32 logits are held at a time: 6 MiB, which caches hold, on a CPU, and `MOST_LOGITS` elsewhere."""
 MOST_LOGITS = 2**25
+
+SHARED = 0.25
+"""What a token that another row has too takes of the memory of one that is computed: attention keeps it in each row."""
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
 """(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""
@@ -47,22 +51,47 @@ def microbatches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
         yield list(rows[start : start + size])
 
 
-def of_like_length(mask: Tensor, rows: Sequence[int], size: int, beside: int = 0, *, unpadded: bool) -> list[list[int]]:
-    """Return `rows` of a mask [B, C] in the pieces that take the least time: rows of like length share one.
+def of_like_length(
+    ids: Tensor, mask: Tensor, rows: Sequence[int], size: int, *, prompts: Sequence[Hashable], unpadded: bool
+) -> list[list[int]]:
+    """Return `rows` of `ids` [B, T] in the pieces that take the least time, of at most `size` rows of full length.
 
-    beside: tokens of each row that the mask does not show. unpadded: passes are over real tokens alone, and so these
-    alone count. A piece has no more tokens than `size` rows of full length.
+    prompts: of the B rows; those of one prompt stay together. unpadded: passes are over real tokens alone, and over
+    those that begin several rows once.
     """
-    lengths = mask.sum(1).tolist()
-    pieces = forward_passes([lengths[row] + beside for row in rows], size * (mask.shape[1] + beside), unpadded=unpadded)
-    return [[rows[number] for number in piece] for piece in pieces]
+    lengths, budget = mask.sum(1).tolist(), size * mask.shape[1]
+    if not unpadded:
+        pieces = forward_passes([lengths[row] for row in rows], budget)
+        return [[rows[number] for number in piece] for piece in pieces]
+    longest: dict[Hashable, int] = {}
+    for row in rows:
+        longest[prompts[row]] = max(lengths[row], longest.get(prompts[row], 0))
+    place = {prompt: number for number, prompt in enumerate(sorted(longest, key=longest.__getitem__, reverse=True))}
+    order = sorted(rows, key=lambda row: (place[prompts[row]], -lengths[row]))
+    pieces, tokens, columns = [], 0.0, 0
+    for row, common in zip(order, in_common(ids[order], mask[order]), strict=True):
+        tokens += lengths[row] - (1 - SHARED) * common
+        columns = max(columns, lengths[row])
+        if not pieces or tokens > budget or columns * (len(pieces[-1]) + 1) > 2 * budget:
+            pieces.append([])
+            tokens, columns = lengths[row], lengths[row]
+        pieces[-1].append(row)
+    return pieces
 
 
 def of_rollout(shared: SharedBase, rollout: Rollout, rows: Sequence[int], size: int) -> list[list[int]]:
     """Return `rows` of a rollout in pieces of like length. Padded ones all have the length of the longest prompt."""
-    if shared.unpadded:
-        return of_like_length(rollout.mask, rows, size, unpadded=True)
-    return of_like_length(rollout.completion_mask, rows, size, rollout.prompt_ids.shape[1], unpadded=False)
+    asked = rollout.prompt_mask if shared.unpadded else torch.ones_like(rollout.prompt_mask)
+    mask = torch.cat([asked, rollout.completion_mask], dim=1)
+    prompts = [*map(tuple, rollout.prompt_ids.tolist())]
+    return of_like_length(rollout.ids, mask, rows, size, prompts=prompts, unpadded=shared.unpadded)
+
+
+def of_written(written: Written, size: int, *, unpadded: bool) -> list[list[int]]:
+    """Return the rows of completions in pieces, as `of_like_length`."""
+    prompts = [*map(repr, written.prompts)]
+    rows = range(len(prompts))
+    return of_like_length(written.ids, written.mask, rows, size, prompts=prompts, unpadded=unpadded)
 
 
 def scores_of(scorer: Callable[[Written], Tensor], written: Written, microbatch: int, *, unpadded: bool) -> Tensor:
@@ -71,7 +100,7 @@ def scores_of(scorer: Callable[[Written], Tensor], written: Written, microbatch:
     unpadded: its passes are over real tokens alone.
     """
     scores = torch.zeros(len(written.texts), device=written.mask.device)
-    for rows in of_like_length(written.mask, range(len(scores)), microbatch, unpadded=unpadded):
+    for rows in of_written(written, microbatch, unpadded=unpadded):
         scores[rows] = scorer(written.rows(rows))
     return scores
 
@@ -193,7 +222,7 @@ def scored_by_models(
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
         states = completion_states(shared, reference, piece)
         fill(result["reference_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
-        tokens = shared.tokens(piece.mask)
+        tokens = shared.tokens(piece.ids, piece.mask)
         fits = rows in first and tokens <= room
         with torch.set_grad_enabled(fits):
             made = policy_pass(shared, policy, piece, temperature)

@@ -1,14 +1,14 @@
-"""Passes of a trunk over the real tokens of a batch alone.
+"""Passes of a trunk over the real tokens of a batch alone, and over what begins several rows once.
 
 Norms, projections and feed-forward blocks compute each token by itself, so they get all tokens of a batch in one row
-[1, N] and no padding. Only in attention do tokens look at each other; there they are rows again, of like length.
+[1, N] and no padding. Only in attention do tokens look at each other; there they are rows again, of like length. And
+they look at those before them alone, so where rows begin alike, as completions of one prompt do, they are alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,22 +31,68 @@ MOST_SLACK = 0.25
 nothing to compute them together; on accelerators, whose share is a guess, many small operations take longer."""
 
 
+LEAST_SHARED = 0.1
+"""What share of a batch's tokens must be there already, in another row, for a pass to compute such tokens once. Putting
+them into their rows, in each layer, takes about a twentieth of computing them."""
+
+
+class Once(NamedTuple):
+    """Tokens of which those that begin several rows alike are there once."""
+
+    first: Tensor
+    """[N] which of the n tokens of all rows, one row after the other, are computed."""
+    which: Tensor
+    """[n] which of those N each token is."""
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor) -> Once:
+        """Return how the tokens of `ids` [B, T] are shared; mask: [B, T] of the real ones."""
+        rows, real = left_aligned(ids, mask)
+        order = sorted(range(len(rows)), key=rows.tolist().__getitem__)
+        rows, there = rows[order], real[order]
+        new = ~_as_before(rows, there)
+        kinds = torch.where(new, torch.arange(new.numel()).view(new.shape), 0).cummax(0).values
+        kind = torch.empty_like(kinds).index_copy(0, torch.tensor(order), kinds)[real]
+        count = torch.arange(len(kind))
+        first_of_kind = torch.full((new.numel(),), len(kind)).scatter_reduce(0, kind, count, "amin")[kind]
+        computed = first_of_kind == count
+        return cls(count[computed], (computed.cumsum(0) - 1)[first_of_kind])
+
+
+def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the real tokens of `ids` [B, T] from the first column on, and where such are; on the CPU."""
+    ids, mask = ids.cpu(), mask.cpu()
+    lengths = mask.sum(1)
+    real = torch.arange(max(lengths.tolist(), default=0)) < lengths.unsqueeze(1)
+    return torch.full(real.shape, -1).masked_scatter(real, ids[mask]), real
+
+
+def in_common(ids: Tensor, mask: Tensor) -> list[int]:
+    """Return with how many tokens each of the rows `ids` [B, T] begins as the row before it does."""
+    lengths: list[int] = _as_before(*left_aligned(ids, mask)).sum(1).tolist()
+    return lengths
+
+
+def _as_before(rows: Tensor, real: Tensor) -> Tensor:
+    """Return which tokens of rows [B, L] are, with all before them, those of the row before."""
+    same = torch.zeros_like(real)
+    same[1:] = (rows[1:] == rows[:-1]) & real[1:]
+    return same.long().cumprod(1).bool()
+
+
 class Group(NamedTuple):
     """Rows that attention computes together."""
 
-    start: int
-    """Their first token among all of the batch's."""
     lengths: Sequence[int]
     """Tokens of each row."""
     places: Tensor | None
     """[n] where their tokens stand in rows [B, L], counted through; None where there is no padding."""
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Return the rows [B, heads, L, size] of this group, of all tokens [1, heads, N, size]."""
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Return the rows [B, heads, L, size] of their tokens [n, heads, size]."""
         shape = len(self.lengths), max(self.lengths)
-        tokens = x[0, :, self.start : self.start + sum(self.lengths)].transpose(0, 1)
         if self.places is not None:
-            tokens = x.new_zeros(shape[0] * shape[1], *tokens.shape[1:]).index_copy(0, self.places, tokens)
+            tokens = tokens.new_zeros(shape[0] * shape[1], *tokens.shape[1:]).index_copy(0, self.places, tokens)
         return tokens.unflatten(0, shape).transpose(1, 2)
 
     def tokens(self, rows: Tensor) -> Tensor:
@@ -67,16 +113,37 @@ def groups_of(lengths: Sequence[int], device: torch.device) -> list[Group]:
         else:
             groups.append([length])
             longest = tokens = length
-    starts = accumulate(map(sum, groups), initial=0)
-    return [
-        Group(start, group, _places(group, device) if min(group) < max(group) else None)
-        for start, group in zip(starts, groups, strict=False)
-    ]
+    return [Group(group, _places(group, device) if min(group) < max(group) else None) for group in groups]
 
 
 def _places(lengths: Sequence[int], device: torch.device) -> Tensor:
     real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     return real.flatten().nonzero().squeeze(1).to(device)
+
+
+class Rows(NamedTuple):
+    """The rows that a pass's tokens are in."""
+
+    groups: Sequence[Group]
+    """Of all rows, one after the other."""
+    once: Once | None
+    """How rows share tokens; None where each has its own."""
+
+    def apart(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Return the tokens [n, ...] of each group, of those that are computed [N, ...]."""
+        if self.once is not None:
+            tokens = _taken(tokens, self.once.which)
+        return tokens.split([sum(group.lengths) for group in self.groups])
+
+    def together(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Return those that are computed [N, ...] of the tokens [n, ...] of each group."""
+        whole = tokens[0] if len(tokens) == 1 else torch.cat([*tokens])
+        return whole if self.once is None else _taken(whole, self.once.first)
+
+
+def _taken(tokens: Tensor, which: Tensor) -> Tensor:
+    """Return some of the tokens [N, ...], by an operator whose way back is the fastest that torch has for it."""
+    return nn.functional.embedding(which, tokens.flatten(1)).unflatten(1, tokens.shape[1:])
 
 
 def attention(
@@ -85,25 +152,26 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    groups: Sequence[Group] | None = None,
+    rows: Rows | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Compute transformers' `sdpa` attention, of tokens [1, heads, N, size] in the rows of `groups`.
+    """Compute transformers' `sdpa` attention, of tokens [1, heads, N, size] in `rows`.
 
-    attention_mask: with `groups` that of rows as long as the longest, [1, 1, L, L]; an empty one is none.
+    attention_mask: with `rows` that of rows as long as the longest, [1, 1, L, L]; an empty one is none.
 
     Returns [1, N, heads, size].
     """
-    if groups is None:
+    if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     tokens = []
-    for group in groups:
-        rows, longest = [group.rows(x) for x in (query, key, value)], max(group.lengths)
+    apart = (rows.apart(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
+    for group, *parts in zip(rows.groups, *apart, strict=True):
+        longest = max(group.lengths)
         mask = None if attention_mask is None else attention_mask[..., :longest, :longest]
         mask = mask if mask is not None and mask.numel() else None
-        tokens.append(group.tokens(sdpa_attention_forward(module, *rows, mask, **settings)[0]))
-    whole = tokens[0] if len(tokens) == 1 else torch.cat(tokens)  # which copies
-    return whole.unsqueeze(0), None
+        seen, _ = sdpa_attention_forward(module, *map(group.rows, parts), mask, **settings)
+        tokens.append(group.tokens(seen))
+    return rows.together(tokens).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -113,18 +181,38 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def states(causal: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Return the trunk's last hidden states [B, T, H] of `ids` [B, T], zeros at padding."""
     lengths = mask.sum(1).tolist()
+    positions, once = (mask.cumsum(1) - 1)[mask], _once(ids, mask)
+    tokens = ids[mask]
+    if once is not None:
+        tokens, positions = tokens[once.first], positions[once.first]
     trunk = getattr(causal, causal.base_model_prefix)
-    tokens = trunk(
-        input_ids=ids[mask].unsqueeze(0),
+    made = trunk(
+        input_ids=tokens.unsqueeze(0),
         attention_mask=_masks(causal, max(lengths)),
-        position_ids=(mask.cumsum(1) - 1)[mask].unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
         use_cache=False,
-        groups=groups_of(lengths, ids.device),
+        rows=Rows(groups_of(lengths, ids.device), once),
     ).last_hidden_state.squeeze(0)
-    if len(tokens) == mask.numel():
-        return tokens.unflatten(0, mask.shape)
-    result = tokens.new_zeros(mask.numel(), tokens.shape[-1])
-    return result.index_copy(0, mask.flatten().nonzero().squeeze(1), tokens).unflatten(0, mask.shape)
+    if once is not None:
+        made = _taken(made, once.which)
+    if len(made) == mask.numel():
+        return made.unflatten(0, mask.shape)
+    result = made.new_zeros(mask.numel(), made.shape[-1])
+    return result.index_copy(0, mask.flatten().nonzero().squeeze(1), made).unflatten(0, mask.shape)
+
+
+def computed(ids: Tensor, mask: Tensor) -> int:
+    """Return how many tokens `states` computes."""
+    once = _once(ids, mask)
+    return int(mask.sum()) if once is None else len(once.first)
+
+
+def _once(ids: Tensor, mask: Tensor) -> Once | None:
+    """Return how the tokens of a batch are shared, if enough are."""
+    once = Once.of(ids, mask)
+    if len(once.first) > (1 - LEAST_SHARED) * len(once.which):
+        return None
+    return Once(*(places.to(ids.device) for places in once))
 
 
 def _masks(causal: PreTrainedModel, length: int) -> Any:

@@ -49,8 +49,8 @@ from rlhf_kit.rollout import (
     ValueFunction,
     fill,
     microbatches,
-    of_like_length,
     of_rollout,
+    of_written,
     policy_pass,
     sampled,
     scored_by_models,
@@ -506,7 +506,7 @@ class PPO:
             dtype = getattr(torch, self.job.recipe.base.dtype)
             states = torch.zeros(*mask.shape, self.shared.width, dtype=dtype, device=mask.device)
         self.ensemble_std = []
-        for rows in of_like_length(written.mask, range(len(mask)), size, unpadded=unpadded(self.scorer)):
+        for rows in of_written(written, size, unpadded=unpadded(self.scorer)):
             piece = written.rows(rows)
             if self.read is None:
                 scores[rows] = self.scorer(piece)

@@ -141,7 +141,8 @@ def test_learning_begins_with_the_passes_of_scoring(tmp_path, settings, rows_beg
         assert sum(made.logprobs.numel() for made in trainer.begun.values()) <= (
             trainer.settings.microbatch * rollout.completion_ids.shape[1]
         )
-        assert trainer.shared.tokens(rollout.mask[rows]) <= trainer.settings.microbatch * rollout.ids.shape[1]
+        tokens = trainer.shared.tokens(rollout.ids[rows], rollout.mask[rows])
+        assert tokens <= trainer.settings.microbatch * rollout.ids.shape[1]
         assert len(rows) >= rows_begun and set(rows) <= set(trainer._minibatches(0, 0)[0])
         if not begun:
             trainer.begun = {}

@@ -526,23 +526,6 @@ def test_passes_by_hand(on_a_cpu):
     assert forward_passes([10, 12, 11]) == [[1, 2, 0]]
 
 
-def test_unpadded_passes_by_hand(on_a_cpu):
-    """Where padding takes nothing rows share a pass as long as their tokens fit, and twice as many places."""
-    assert forward_passes([10, 100, 10, 100, 10], unpadded=True) == [[1, 3, 0, 2, 4]]
-    assert forward_passes([30, 20, 10], 50, unpadded=True) == [[0], [1, 2]]
-    assert forward_passes([30, 20, 10], 60, unpadded=True) == [[0, 1, 2]]
-    assert forward_passes([50, 1, 1, 1, 1], 60, unpadded=True) == [[0], [1, 2, 3, 4]]  # 5 x 50 places in one pass
-
-
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(1, 900))
-def test_unpadded_passes_stay_within_the_budget(lengths, budget):
-    passes = forward_passes(lengths, budget, unpadded=True)
-    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
-    for rows in passes:
-        own = [lengths[row] for row in rows]
-        assert len(rows) == 1 or (sum(own) <= budget and len(rows) * max(own) <= 2 * budget)
-
-
 def test_lists_stay_within_the_budget():
     """Largest first; one that is larger than the budget is alone."""
     assert within_budget([3, 9, 1, 4, 2], 6) == [[1], [3], [0, 4, 2]]

@@ -146,7 +146,8 @@ def test_a_pass_keeps_what_it_keeps_with_numbers(tmp_path, monkeypatch, stock, c
     causal = models.load_base(recipe.base, text_format, Accelerator(cpu=True))
     shared = models.SharedBase(causal, recipe.base, checkpointed=checkpointed)
     shared.add("policy", tmp_path / "adapter", trainable=True)
-    ids, mask = torch.ones(4, 40, dtype=torch.long), torch.ones(4, 40, dtype=torch.bool)
+    ids = torch.arange(1, 5).unsqueeze(1).repeat(1, 40)  # rows that share nothing
+    mask = torch.ones_like(ids).bool()
     with Rehearsal(MACHINE) if checkpointed else rehearsing(MACHINE) as seen:
         if stock:
             states = fresh.base_model.model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state

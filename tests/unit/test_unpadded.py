@@ -1,10 +1,15 @@
-"""A pass over real tokens alone makes the states of a padded one, on every architecture where it is made."""
+"""A pass over real tokens alone, and over what begins several rows once, makes the states of a padded one, on every
+architecture where it is made.
+"""
 
 import copy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_kit import recipe, unpadded
@@ -48,6 +53,15 @@ MASK = torch.tensor(
     [[0, 0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]
 ).bool()
 IDS = torch.arange(MASK.numel()).view(MASK.shape) + 3
+ALIKE = torch.tensor(
+    [
+        [0, 0, 3, 4, 5, 6, 0, 0],  # all of it begins the next
+        [3, 4, 5, 6, 7, 8, 9, 10],
+        [0, 11, 12, 13, 14, 15, 16, 17],
+        [3, 4, 5, 18, 7, 8, 9, 10],  # goes on as the second does, after another token
+    ]
+)
+COMPUTED = 8 + 7 + 5
 
 
 def model(name, settings):
@@ -73,9 +87,10 @@ def slopes_of(embedding, states):
     return embedding.weight.grad
 
 
+@pytest.mark.parametrize("ids", [IDS, ALIKE], ids=["apart", "alike"])
 @pytest.mark.parametrize("slack", [0.0, 0.25, 9.0], ids=["cpu", "accelerator", "all rows together"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_states_and_gradients_are_those_of_padded_rows(name, slack, monkeypatch):
+def test_states_and_gradients_are_those_of_padded_rows(name, slack, ids, monkeypatch):
     """Rows padded on both sides, longer than the window where there is one; with however much padding in attention."""
     monkeypatch.setitem(unpadded.SLACK, "cpu", slack)
     plain = model(name, ARCHITECTURES[name])
@@ -83,7 +98,7 @@ def test_states_and_gradients_are_those_of_padded_rows(name, slack, monkeypatch)
     assert works(ours, 1e-4)
     assert getattr(ours.config, "sliding_window", None) == getattr(plain.config, "sliding_window", None)
     embeddings = [causal.get_input_embeddings().requires_grad_() for causal in (ours, plain)]
-    made, expected = unpadded.states(ours, IDS, MASK), padded(plain, IDS, MASK)
+    made, expected = unpadded.states(ours, ids, MASK), padded(plain, ids, MASK)
     torch.testing.assert_close(made[MASK], expected[MASK], rtol=1e-4, atol=1e-5)
     assert not made[~MASK].any()
     torch.testing.assert_close(*map(slopes_of, embeddings, (made, expected)), rtol=1e-4, atol=1e-5)
@@ -124,15 +139,40 @@ def test_memory_that_runs_out_is_no_answer(monkeypatch):
     assert causal.config._attn_implementation == "sdpa"
 
 
-def test_a_shared_base_computes_real_tokens_alone():
+@pytest.mark.parametrize(("ids", "tokens"), [(IDS, int(MASK.sum())), (ALIKE, COMPUTED)], ids=["apart", "alike"])
+def test_a_shared_base_computes_real_tokens_alone(ids, tokens):
+    """And those that begin several rows once."""
     causal = model("llama", {})
     plain = copy.deepcopy(causal)
     shared, seen = SharedBase(causal, recipe.Base(model="model", dtype="float32")), []
     causal.model.layers[0].input_layernorm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    states = shared.hidden("base", IDS, MASK)
-    torch.testing.assert_close(states[MASK], padded(plain, IDS, MASK)[MASK], rtol=1e-4, atol=1e-5)
-    assert seen == [(1, int(MASK.sum()), 32)]
-    assert shared.tokens(MASK) == MASK.sum()
+    states = shared.hidden("base", ids, MASK)
+    torch.testing.assert_close(states[MASK], padded(plain, ids, MASK)[MASK], rtol=1e-4, atol=1e-5)
+    assert seen == [(1, tokens, 32)]
+    assert shared.tokens(ids, MASK) == tokens
+
+
+def test_a_few_tokens_in_common_are_computed_in_each_row():
+    """A token that begins all texts is not worth what it takes."""
+    ids = torch.arange(60).view(3, 20)
+    assert unpadded.computed(ids.index_fill(1, torch.tensor(0), 99), torch.ones_like(ids).bool()) == 60
+    assert unpadded.computed(ids.index_fill(1, torch.arange(3), 99), torch.ones_like(ids).bool()) == 60 - 6
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=8), st.integers(0, 3))
+def test_tokens_that_begin_rows_alike_are_there_once(rows, padding):
+    """Each is the one of the first row that begins so, whatever follows, and however the rows are padded."""
+    width = padding + max(map(len, rows))
+    mask = torch.tensor([[padding <= place < padding + len(row) for place in range(width)] for row in rows]).bool()
+    tokens = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    ids = torch.zeros(len(rows), width, dtype=torch.long).masked_scatter(mask, tokens)
+    once = unpadded.Once.of(ids, mask)
+    beginnings = [tuple(row[: end + 1]) for row in rows for end in range(len(row))]
+    first = {beginning: place for place, beginning in reversed([*enumerate(beginnings)])}
+    assert once.first.tolist() == sorted(first.values())
+    assert [beginnings[once.first[place]] for place in once.which] == beginnings
+    pairs = [[*map(int.__eq__, one, other), False] for one, other in pairwise(rows)]
+    assert unpadded.in_common(ids, mask) == [0, *(pair.index(False) for pair in pairs)]
 
 
 def test_generation_reads_prompts_as_before():
@@ -153,4 +193,3 @@ def test_attention_computes_rows_of_like_length_together():
     assert groups(lengths, "cpu") == [[9, 9], [8], [5, 5], [1]]
     assert groups([4, 0, 4], "cpu") == [[4, 4]]
     assert groups(lengths, "meta") == [[9, 9, 8, 5, 5], [1]]  # 45 places for 36 tokens; with the last 54 for 37
-    assert [group.start for group in unpadded.groups_of(lengths, torch.device("cpu"))] == [0, 18, 26, 36]
