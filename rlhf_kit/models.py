@@ -384,13 +384,16 @@ def tried(model: PreTrainedModel, adapter: recipe.Adapter, where: str) -> PeftMo
     return peft_model
 
 
-def check_checkpointing(whole: recipe.Recipe, model: nn.Module) -> None:
-    """Refuse activation checkpointing of layers that cannot be computed again.
+def check_stages(whole: recipe.Recipe, model: PreTrainedModel) -> None:
+    """Refuse stages of a recipe that its base cannot have. model: the base, without weights.
 
     Raises:
-        InputError: a stage of the recipe asks for it.
+        InputError: a reward model, where there is no sequence classifier of the kind; or activation checkpointing, of
+            layers that cannot be computed again.
     """
     for name, stage in whole.stages.items():
+        if isinstance(stage, recipe.RewardStage):
+            classifier(model)
         if stage.activation_checkpointing and not layers.can_compute_again(model):
             raise InputError(
                 f"{whole.where(f'stages.{name}.activation_checkpointing')}: true, but transformers cannot compute the "

@@ -46,7 +46,7 @@ class Passes:
         self.base, self.device = recipe.base, device
         causal = models.without_weights(recipe.base)
         self.config = causal.config.get_text_config()
-        models.check_checkpointing(recipe, causal)
+        models.check_stages(recipe, causal)
         self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
         self.takes_positions = models.takes_positions(self.trunk)
         self.head = models.plain_head(causal, causal.get_output_embeddings())

@@ -129,7 +129,7 @@ def run(
         plan = check.plan(recipe)
     shape = models.without_weights(recipe.base)
     models.tried(shape, recipe.adapter, recipe.where(models.TARGETS))
-    models.check_checkpointing(recipe, shape)
+    models.check_stages(recipe, shape)
     unsure = check_foreign(recipe, plan.foreign)
     folder = out or Path("runs") / (published.name if published else recipe.name)
     artifacts.check_run_directory(folder)

@@ -94,18 +94,19 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("why", WITHOUT)
-def test_layers_that_cannot_be_computed_again(tmp_path, why):
+def test_layers_that_cannot_be_computed_again(tmp_path, monkeypatch, why):
     """They stay as they are where nobody asked for it; who asks is told where, and what to do instead."""
+    monkeypatch.setattr("rlhf_kit.models.classifier", lambda causal: causal)  # there is none of the one kind
     recipe = stage_jobs.make_recipe(tmp_path)
     model = WITHOUT[why]()
     assert not models.checkpointed(None, model, torch.device("cuda"))
-    models.check_checkpointing(recipe, model)
+    models.check_stages(recipe, model)
     asked = stage_jobs.make_recipe(tmp_path, activation_checkpointing=True)
     with pytest.raises(
         InputError, match=r"recipe\.yaml:\d+: stages\.sft\.activation_checkpointing: true, but .*ForCausalLM again"
     ):
-        models.check_checkpointing(asked, model)
-    models.check_checkpointing(asked, models.without_weights(asked.base))
+        models.check_stages(asked, model)
+    models.check_stages(asked, models.without_weights(asked.base))
 
 
 @pytest.mark.parametrize(

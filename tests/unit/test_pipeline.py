@@ -18,6 +18,7 @@ from rlhf_kit.model_folders import ModelFolder
 from rlhf_kit.stages import Job, Outcome
 from tests import tiny
 from tests.end_to_end import chain
+from tests.unit.test_unpadded import PADDED_AS_BEFORE, model
 
 
 @dataclass
@@ -71,6 +72,15 @@ def test_layers_that_cannot_be_computed_again_are_refused(world, monkeypatch):
     monkeypatch.setattr("rlhf_kit.layers.can_compute_again", lambda _: False)
     with pytest.raises(InputError, match=r"stages\.sft\.activation_checkpointing: true, but"):
         world.run("stages.sft.activation_checkpointing=true")
+    assert not world.out.exists()
+
+
+def test_a_reward_model_that_the_base_cannot_have_is_refused(world, monkeypatch):
+    """Before anything is written, and not once SFT is done: transformers has no sequence classifier of some kinds."""
+    lfm2 = model("lfm2", PADDED_AS_BEFORE["lfm2"]).to("meta")
+    monkeypatch.setattr("rlhf_kit.models.without_weights", lambda _: lfm2)
+    with pytest.raises(InputError, match=r"base\.model: Lfm2ForCausalLM has no sequence classifier.*name a Hub model"):
+        world.run()
     assert not world.out.exists()
 
 
