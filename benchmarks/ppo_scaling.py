@@ -5,7 +5,7 @@ what activation checkpointing gives and takes; and RLOO's with the completions o
     python benchmarks/ppo_scaling.py --only batch checkpointing
     python benchmarks/ppo_scaling.py --quick    fewer updates
 
-The 15 M shape of ppo_vs_trl.py (checkpointing: its 135 M shape), fixed lengths, 8 rows a microbatch. Memory is the
+The 15 M shape of ppo_vs_trl.py (checkpointing, groups: its 135 M shape), fixed lengths, 8 rows a microbatch. Memory is the
 process's peak less what importing takes; time is that of a step, the first left out.
 """
 
@@ -28,7 +28,7 @@ from ppo_vs_trl import SHAPES, Shape, environment, imports_only, prepare, watch
 MICROBATCH = 8
 BATCHES = (8, 16, 32, 64, 128)
 COMPLETIONS = (12, 24, 48, 96)
-GROUPS = (2, 4, 8, 16)
+GROUPS = (2, 4, 8)
 SHAPE = replace(SHAPES["15m"], batch=max(BATCHES))
 Table = list[dict[str, Any]]
 
@@ -127,15 +127,16 @@ def by_checkpointing(folder: Path, base: int) -> Table:
 
 
 def by_group(folder: Path, base: int) -> Table:
-    """32 completions of fewer and fewer prompts, each of which is computed once for those of its that share a pass."""
+    """16 completions of fewer and fewer prompts, each of which is computed once for those of its that share a pass."""
     place, table = folder / "rloo", []
     place.mkdir()
-    prepare(place, SHAPE, "llama", "fixed")
+    prepare(place, SHAPES["135m"], "llama", "fixed")
     recipe = yaml.safe_load((place / "recipe.yaml").read_text())
     recipe["stages"]["ppo"]["kind"] = "rloo"
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     for completions in GROUPS:
-        peak, seconds, metrics = ppo(place, base, batch_size=32, completions_per_prompt=completions)
+        settings = {"batch_size": 16, "updates": 4, "completions_per_prompt": completions}
+        peak, seconds, metrics = ppo(place, base, **settings)
         figures = {"peak GB": peak, "seconds a step": seconds, **split(metrics)}
         table.append({"completions a prompt": completions, **figures})
     return table

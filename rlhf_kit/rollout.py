@@ -29,8 +29,9 @@ LOGITS = {"cpu": 3 * 2**19}
 """How many float32 logits are held at a time: 6 MiB, which caches hold, on a CPU, and `MOST_LOGITS` elsewhere."""
 MOST_LOGITS = 2**25
 
-SHARED = 0.25
-"""What a token that another row has too takes of the memory of one that is computed: attention keeps it in each row."""
+SHARED = 0.5
+"""What a token that another row has too takes of the memory of one that is computed, at most: attention keeps it in each
+row, and results are laid out in rows."""
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
 """(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""

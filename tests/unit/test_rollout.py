@@ -41,13 +41,13 @@ def test_rows_of_one_prompt_stay_together():
     assert cut(rows, "abba", 4) == [[0, 3, 2, 1]]
 
 
-def test_what_rows_have_in_common_takes_a_quarter():
-    """Four rows of 30 tokens, 20 of them one prompt's: 30 + 3 x (10 + 20 / 4) = 75 tokens, so 2.5 rows' worth."""
+def test_what_rows_have_in_common_takes_half():
+    """Four rows of 30 tokens, 20 of them one prompt's: 30 + 3 x (10 + 20 / 2) = 90 tokens, three rows' worth."""
     rows = [[7] * 20 + [number] * 10 for number in range(4)]
-    assert SHARED == 0.25
+    assert SHARED == 0.5
     assert cut(rows, "aaaa", 3) == [[0, 1, 2, 3]]
-    assert cut(rows, "aaaa", 2) == [[0, 1, 2], [3]]
-    assert cut(rows, "abcd", 2) == [[0, 1, 2], [3]]  # a beginning that prompts have in common, too
+    assert cut(rows, "aaaa", 2) == [[0, 1], [2, 3]]
+    assert cut(rows, "abcd", 3) == [[0, 1, 2, 3]]  # a beginning that prompts have in common, too
 
 
 def test_rows_with_padding_are_of_like_length():
