@@ -5,8 +5,8 @@ what activation checkpointing gives and takes; and RLOO's with the completions o
     python benchmarks/ppo_scaling.py --only batch checkpointing
     python benchmarks/ppo_scaling.py --quick    fewer updates
 
-The 15 M shape of ppo_vs_trl.py (checkpointing, groups: its 135 M shape), fixed lengths, 8 rows a microbatch. Memory is the
-process's peak less what importing takes; time is that of a step, the first left out.
+The 15 M shape of ppo_vs_trl.py (checkpointing, groups: its 135 M shape), fixed lengths, 8 rows a microbatch. Memory is
+the process's peak less what importing takes; time is that of a step, the first left out.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from rlhf_kit.passes import Pass, Passes
 from rlhf_kit.recipe import (
     Cards,
     DPOStage,
+    GRPOStage,
     KTOStage,
     OnlineStage,
     PolicyStage,
@@ -42,6 +43,7 @@ from rlhf_kit.recipe import (
     Recipe,
     RejectionSamplingStage,
     RewardStage,
+    RLOOStage,
     SFTStage,
     TrainingStage,
 )
@@ -289,8 +291,10 @@ class _Stages:
         value_epochs = stage.own_value_epochs if isinstance(stage, PPOStage) else 0
         own_value = value_epochs > 0
 
-        tokens = prompts.typical + new
-        sample = passes.sample(stage.batch_size, prompts.typical, new)
+        group = stage.completions_per_prompt if isinstance(stage, RLOOStage | GRPOStage) else 1
+        together = min(size, 1 + (group - 1) / stage.minibatches)  # completions of a prompt that share a pass
+        tokens = math.ceil(prompts.typical / together) + new
+        sample = passes.sample(stage.batch_size, prompts.typical, new, group)
         read, read_logprobs = passes.read(size, tokens), passes.read(size, tokens, new)
         learn, learn_value = self._learn(stage, size, tokens, new), self._learn(stage, size, tokens)
         update = (
@@ -322,8 +326,9 @@ class _Stages:
 
     def _rejection_sampling(self, stage: RejectionSamplingStage) -> Need:
         prompts, new, passes = self._prompts(stage), stage.max_new_tokens, self.passes
-        roles, tokens = self._reward_roles(stage.reward), prompts.typical + new
-        sample = passes.sample(stage.sampled_at_once, prompts.typical, new)
+        group = min(stage.completions_per_prompt, stage.sampled_at_once)
+        roles, tokens = self._reward_roles(stage.reward), math.ceil(prompts.typical / group) + new
+        sample = passes.sample(stage.sampled_at_once, prompts.typical, new, group)
         score = passes.read(stage.sampled_at_once, tokens).seconds * roles
         times = math.ceil(prompts.rows * stage.completions_per_prompt / stage.sampled_at_once)
         rows = _Lengths(prompts.rows, prompts.mean + new, prompts.longest + new)

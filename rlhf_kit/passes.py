@@ -137,10 +137,10 @@ class Passes:
         return self.adapted.disable_adapter() if self.folded_bytes else nullcontext()
 
     @torch.no_grad()
-    def _sample(self, rows: int, prompt: int, new: int) -> Pass:
-        """`new` tokens for each of `rows` prompts, none of which ends before."""
+    def _sample(self, rows: int, prompt: int, new: int, group: int = 1) -> Pass:
+        """`new` tokens for each of `rows`, none of which ends before; each prompt is that of `group` rows."""
         with self._decoding(), rehearsing(self.machine) as reading:
-            self._states(rows, prompt, keep=True)
+            self._states(math.ceil(rows / group), prompt, keep=True)
         with self._decoding(), rehearsing(self.machine) as seen:
             middle = prompt + new // 2
             past = self._states(rows, middle, keep=True).past_key_values

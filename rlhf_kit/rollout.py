@@ -30,8 +30,8 @@ LOGITS = {"cpu": 3 * 2**19}
 MOST_LOGITS = 2**25
 
 SHARED = 0.5
-"""What a token that another row has too takes of the memory of one that is computed, at most: attention keeps it in each
-row, and results are laid out in rows."""
+"""What a token that another row has too takes of the memory of one that is computed, at most: attention keeps it in
+each row, and results are laid out in rows."""
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
 """(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""
@@ -60,16 +60,25 @@ def of_like_length(
     prompts: of the B rows; those of one prompt stay together. unpadded: passes are over real tokens alone, and over
     those that begin several rows once.
     """
-    lengths, budget = mask.sum(1).tolist(), size * mask.shape[1]
-    if not unpadded:
-        pieces = forward_passes([lengths[row] for row in rows], budget)
-        return [[rows[number] for number in piece] for piece in pieces]
+    budget = size * mask.shape[1]
+    if unpadded:
+        return _of_real_tokens(ids, mask, rows, budget, prompts)
+    pieces = forward_passes(mask[list(rows)].sum(1).tolist(), budget)
+    return [[rows[number] for number in piece] for piece in pieces]
+
+
+def _of_real_tokens(
+    ids: Tensor, mask: Tensor, rows: Sequence[int], budget: int, prompts: Sequence[Hashable]
+) -> list[list[int]]:
+    """Return the rows in pieces of at most `budget` tokens, whose results have at most twice as many places."""
+    lengths = mask.sum(1).tolist()
     longest: dict[Hashable, int] = {}
     for row in rows:
         longest[prompts[row]] = max(lengths[row], longest.get(prompts[row], 0))
     place = {prompt: number for number, prompt in enumerate(sorted(longest, key=longest.__getitem__, reverse=True))}
     order = sorted(rows, key=lambda row: (place[prompts[row]], -lengths[row]))
-    pieces, tokens, columns = [], 0.0, 0
+    pieces: list[list[int]] = []
+    tokens, columns = 0.0, 0  # of the last piece
     for row, common in zip(order, in_common(ids[order], mask[order]), strict=True):
         tokens += lengths[row] - (1 - SHARED) * common
         columns = max(columns, lengths[row])

@@ -63,6 +63,24 @@ def test_time_grows_with_the_work(recipe):
     assert told(recipe, "stages.ppo.max_new_tokens=32").needs["ppo"].seconds > once.seconds
 
 
+@pytest.mark.parametrize("kind", ["rloo", "grpo", "rejection_sampling"])
+def test_completions_of_one_prompt_read_it_once(recipe, kind):
+    """As many take less time the fewer prompts they are of."""
+    stage = {"kind": kind, "policy": "sft", "batch_size": 8, "microbatch": 8, "max_new_tokens": 4}
+    stage |= {"prompts": str(recipe.parent / "asked.md"), "reward": "reward"}
+    if kind == "rejection_sampling":
+        stage |= {"sampled_at_once": 8, "epochs": 1}
+    else:
+        stage |= {"kl_coef": 0.1, "updates": 2, "minibatches": 1}
+    few, many = (
+        told(recipe, f"stages.other={json.dumps(stage | {'completions_per_prompt': count})}").needs["other"].seconds
+        for count in (2, 8)
+    )
+    if kind == "rejection_sampling":
+        many /= 4  # as many prompts
+    assert many < 0.95 * few
+
+
 def test_memory_grows_with_what_is_held(recipe):
     """Larger microbatches keep more; the head on the trunk saves an adapter; more completions hold more keys."""
     need = told(recipe).needs["ppo"]
