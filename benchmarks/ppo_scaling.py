@@ -127,16 +127,15 @@ def by_checkpointing(folder: Path, base: int) -> Table:
 
 
 def by_group(folder: Path, base: int) -> Table:
-    """16 completions of fewer and fewer prompts, each of which is computed once for those of its that share a pass."""
+    """RLOO, 8 completions of fewer and fewer long prompts, each of which is computed once in a pass."""
     place, table = folder / "rloo", []
     place.mkdir()
-    prepare(place, SHAPES["135m"], "llama", "fixed")
+    prepare(place, replace(SHAPES["135m"], prompt=192, completion=32), "llama", "fixed")
     recipe = yaml.safe_load((place / "recipe.yaml").read_text())
     recipe["stages"]["ppo"]["kind"] = "rloo"
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     for completions in GROUPS:
-        settings = {"batch_size": 16, "updates": 4, "completions_per_prompt": completions}
-        peak, seconds, metrics = ppo(place, base, **settings)
+        peak, seconds, metrics = ppo(place, base, updates=3, completions_per_prompt=completions)
         figures = {"peak GB": peak, "seconds a step": seconds, **split(metrics)}
         table.append({"completions a prompt": completions, **figures})
     return table
