@@ -278,6 +278,10 @@ class _Stages:
         rows = prompts_of(self.examples[stage.prompts]).train
         return _Lengths.of(list(map(len, tokenised(tokenise_prompts, rows, self.format, room, stage.truncate).rows)))
 
+    def _tokens(self, prompts: _Lengths, together: float) -> int:
+        """Return how many tokens of a prompt a pass computes for each of its completions, so many of which share it."""
+        return math.ceil(prompts.typical / together) if self.passes.unpadded else prompts.typical
+
     def _reward_roles(self, scorer: str) -> int:
         """Return how many adapters score a completion: the members of a reward stage."""
         stage = self.recipe.stages.get(scorer)
@@ -292,10 +296,10 @@ class _Stages:
         own_value = value_epochs > 0
 
         group = stage.completions_per_prompt if isinstance(stage, RLOOStage | GRPOStage) else 1
-        together = min(size, 1 + (group - 1) / stage.minibatches)  # completions of a prompt that share a pass
-        tokens = math.ceil(prompts.typical / together) + new
+        tokens = self._tokens(prompts, min(size, 1 + (group - 1) / stage.minibatches)) + new
         sample = passes.sample(stage.batch_size, prompts.typical, new, group)
-        read, read_logprobs = passes.read(size, tokens), passes.read(size, tokens, new)
+        read = passes.read(size, self._tokens(prompts, min(size, group)) + new)
+        read_logprobs = passes.read(size, tokens, new)
         learn, learn_value = self._learn(stage, size, tokens, new), self._learn(stage, size, tokens)
         update = (
             sample.seconds
@@ -327,7 +331,7 @@ class _Stages:
     def _rejection_sampling(self, stage: RejectionSamplingStage) -> Need:
         prompts, new, passes = self._prompts(stage), stage.max_new_tokens, self.passes
         group = min(stage.completions_per_prompt, stage.sampled_at_once)
-        roles, tokens = self._reward_roles(stage.reward), math.ceil(prompts.typical / group) + new
+        roles, tokens = self._reward_roles(stage.reward), self._tokens(prompts, group) + new
         sample = passes.sample(stage.sampled_at_once, prompts.typical, new, group)
         score = passes.read(stage.sampled_at_once, tokens).seconds * roles
         times = math.ceil(prompts.rows * stage.completions_per_prompt / stage.sampled_at_once)

@@ -85,9 +85,12 @@ def _with_room(cache: Cache, tokens: int) -> Cache:
 
 def _distinct(prompts: PromptBatch) -> tuple[PromptBatch, Tensor]:
     """Return prompts, each once, and which of them each row [B] has."""
+    first: dict[tuple[int, ...], int] = {}
     rows = [*map(tuple, torch.where(prompts.prompt_mask, prompts.prompt_ids, -1).tolist())]
-    number = {row: place for place, row in enumerate(dict.fromkeys(rows))}
-    return prompts.rows([rows.index(row) for row in number]), torch.tensor([number[row] for row in rows])
+    for number, row in enumerate(rows):
+        first.setdefault(row, number)
+    place = {row: number for number, row in enumerate(first)}
+    return prompts.rows([*first.values()]), torch.tensor([place[row] for row in rows])
 
 
 @torch.no_grad()
@@ -118,6 +121,7 @@ def generate(
 
     running = torch.arange(count, device=device)
     asked, prompt_of = _distinct(prompts)
+    prompt_of = prompt_of.to(device)
     mask, step_ids, cache = asked.prompt_mask.to(device), asked.prompt_ids.to(device), None
     with shared.decoding(role):
         for step in progress(range(limit), desc="  generating, tokens"):

@@ -677,9 +677,9 @@ class SharedBase:
             input_ids=ids, attention_mask=mask.long(), use_cache=False, **self.positions(mask)
         ).last_hidden_state
 
-    def tokens(self, ids: Tensor, mask: Tensor) -> int:
-        """Return how many tokens a pass over `ids` [B, T] computes."""
-        return unpadded.computed(ids, mask) if self.unpadded else mask.numel()
+    def room(self, ids: Tensor, mask: Tensor) -> float:
+        """Return the memory that a pass over `ids` [B, T] takes, in tokens."""
+        return unpadded.room(ids, mask) if self.unpadded else mask.numel()
 
     def positions(self, mask: Tensor) -> dict[str, Tensor]:
         """Return the keyword for position ids [B, T] that skip padding, or nothing where the trunk takes none."""

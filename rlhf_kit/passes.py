@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_kit import models
+from rlhf_kit import models, unpadded
 from rlhf_kit.layers import adapt_in_few_passes, gains_packed, keep_less
 from rlhf_kit.maths.logprobs import inverse_cdf, tempered, token_logprobs
 from rlhf_kit.maths.products import packs
@@ -49,6 +49,8 @@ class Passes:
         models.check_stages(recipe, causal)
         self.trunk: nn.Module = getattr(causal, causal.base_model_prefix)
         self.takes_positions = models.takes_positions(self.trunk)
+        self.unpadded = self.takes_positions and unpadded.possible(causal)
+        """Whether a shared base's passes may be over real tokens alone, and over those that begin several rows once."""
         self.head = models.plain_head(causal, causal.get_output_embeddings())
         layers = [layer for layer in self.trunk.modules() if isinstance(layer, nn.Linear | Conv1D)]
         self.bytes = self._bytes_of_base(causal, layers)

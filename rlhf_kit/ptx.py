@@ -26,7 +26,7 @@ from rlhf_kit.collate import IGNORED, right_pad
 from rlhf_kit.generation import derived_seed
 from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
-from rlhf_kit.rollout import logits_held, of_like_length
+from rlhf_kit.rollout import in_pieces, logits_held
 
 
 class PTX:
@@ -96,7 +96,7 @@ def summed_losses(
     ids, mask = right_pad([row["input_ids"] for row in rows], pad_id)
     labels, _ = right_pad([row["labels"] for row in rows], IGNORED)
     own = range(len(rows))
-    for piece in of_like_length(ids, mask, own, size, prompts=own, unpadded=shared.unpadded):
+    for piece in in_pieces(ids, mask, own, size, prompts=own, unpadded=shared.unpadded):
         columns = int(mask[piece].sum(1).max())
         tokens, real, wanted = (tensor[piece, :columns].to(shared.device) for tensor in (ids, mask, labels))
         states = shared.hidden(role, tokens, real)[:, :-1]

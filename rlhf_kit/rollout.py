@@ -7,6 +7,7 @@ logits at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -21,17 +22,13 @@ from rlhf_kit.maths.logprobs import token_logprobs
 from rlhf_kit.models import SharedBase
 from rlhf_kit.pieces import Pieces
 from rlhf_kit.scorers import Written
-from rlhf_kit.unpadded import in_common
+from rlhf_kit.unpadded import in_common, room_of
 
 T = TypeVar("T")
 
 LOGITS = {"cpu": 3 * 2**19}
 """How many float32 logits are held at a time: 6 MiB, which caches hold, on a CPU, and `MOST_LOGITS` elsewhere."""
 MOST_LOGITS = 2**25
-
-SHARED = 0.5
-"""What a token that another row has too takes of the memory of one that is computed, at most: attention keeps it in
-each row, and results are laid out in rows."""
 
 ValueFunction = Callable[[Rollout, Tensor], Tensor]
 """(rollout, the policy's completion states [B, C, H]) -> values [B, C], 0 on padding."""
@@ -52,13 +49,13 @@ def microbatches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
         yield list(rows[start : start + size])
 
 
-def of_like_length(
+def in_pieces(
     ids: Tensor, mask: Tensor, rows: Sequence[int], size: int, *, prompts: Sequence[Hashable], unpadded: bool
 ) -> list[list[int]]:
-    """Return `rows` of `ids` [B, T] in the pieces that take the least time, of at most `size` rows of full length.
+    """Return `rows` of `ids` [B, T] in pieces of like length, each with the room of `size` rows of full length.
 
-    prompts: of the B rows; those of one prompt stay together. unpadded: passes are over real tokens alone, and over
-    those that begin several rows once.
+    unpadded: passes are over real tokens alone, and over those that begin several rows once; then rows of one prompt
+    stay together. prompts: of the B rows.
     """
     budget = size * mask.shape[1]
     if unpadded:
@@ -70,38 +67,40 @@ def of_like_length(
 def _of_real_tokens(
     ids: Tensor, mask: Tensor, rows: Sequence[int], budget: int, prompts: Sequence[Hashable]
 ) -> list[list[int]]:
-    """Return the rows in pieces of at most `budget` tokens, whose results have at most twice as many places."""
+    """Return the rows prompt by prompt, the one with the longest row first, in pieces that are full but the first.
+
+    A piece has the room of `budget` tokens, and its results, which are laid out in rows, at most twice as many places.
+    """
     lengths = mask.sum(1).tolist()
     longest: dict[Hashable, int] = {}
     for row in rows:
         longest[prompts[row]] = max(lengths[row], longest.get(prompts[row], 0))
-    place = {prompt: number for number, prompt in enumerate(sorted(longest, key=longest.__getitem__, reverse=True))}
-    order = sorted(rows, key=lambda row: (place[prompts[row]], -lengths[row]))
+    place = {prompt: number for number, prompt in enumerate(sorted(longest, key=longest.__getitem__))}
+    order = sorted(rows, key=lambda row: (place[prompts[row]], lengths[row]))
     pieces: list[list[int]] = []
-    tokens, columns = 0.0, 0  # of the last piece
+    tokens = shared = columns = 0  # of the last piece
     for row, common in zip(order, in_common(ids[order], mask[order]), strict=True):
-        tokens += lengths[row] - (1 - SHARED) * common
-        columns = max(columns, lengths[row])
-        if not pieces or tokens > budget or columns * (len(pieces[-1]) + 1) > 2 * budget:
+        tokens, shared, columns = tokens + lengths[row], shared + common, max(columns, lengths[row])
+        if not pieces or room_of(tokens, shared) > budget or columns * (len(pieces[-1]) + 1) > 2 * budget:
             pieces.append([])
-            tokens, columns = lengths[row], lengths[row]
+            tokens, shared, columns = lengths[row], 0, lengths[row]
         pieces[-1].append(row)
-    return pieces
+    return [piece[::-1] for piece in pieces[::-1]]
 
 
 def of_rollout(shared: SharedBase, rollout: Rollout, rows: Sequence[int], size: int) -> list[list[int]]:
-    """Return `rows` of a rollout in pieces of like length. Padded ones all have the length of the longest prompt."""
+    """Return `rows` of a rollout in pieces. Padded ones all have the length of the longest prompt."""
     asked = rollout.prompt_mask if shared.unpadded else torch.ones_like(rollout.prompt_mask)
     mask = torch.cat([asked, rollout.completion_mask], dim=1)
     prompts = [*map(tuple, rollout.prompt_ids.tolist())]
-    return of_like_length(rollout.ids, mask, rows, size, prompts=prompts, unpadded=shared.unpadded)
+    return in_pieces(rollout.ids, mask, rows, size, prompts=prompts, unpadded=shared.unpadded)
 
 
 def of_written(written: Written, size: int, *, unpadded: bool) -> list[list[int]]:
-    """Return the rows of completions in pieces, as `of_like_length`."""
+    """Return the rows of completions in pieces, as `in_pieces`."""
     prompts = [*map(repr, written.prompts)]
     rows = range(len(prompts))
-    return of_like_length(written.ids, written.mask, rows, size, prompts=prompts, unpadded=unpadded)
+    return in_pieces(written.ids, written.mask, rows, size, prompts=prompts, unpadded=unpadded)
 
 
 def scores_of(scorer: Callable[[Written], Tensor], written: Written, microbatch: int, *, unpadded: bool) -> Tensor:
@@ -221,24 +220,24 @@ def scored_by_models(
 
     The policy that takes the first step of learning is still the one that wrote. So its passes over the rows that this
     step learns from, `learnt_first`, in the pieces that learning has, are made with gradients and returned by their
-    rows: the longest, as many as together have no more tokens than a microbatch. passes: wraps the loop over
+    rows: from the last on, as many as together have the room of a microbatch. passes: wraps the loop over
     microbatches, for a progress bar.
     """
     result = {name: torch.zeros_like(rollout.values) for name in ("policy_logprobs", "reference_logprobs", "values")}
     later = sorted({*range(len(rollout.scores))}.difference(learnt_first))
     first, others = (of_rollout(shared, rollout, rows, microbatch) for rows in (learnt_first, later))
-    room, begun = microbatch * rollout.ids.shape[1], {}
+    room, begun = float(microbatch * rollout.ids.shape[1]), {}
     for rows in passes([*others, *reversed(first)]):
         piece = rollout.rows(torch.tensor(rows, device=shared.device))
         states = completion_states(shared, reference, piece)
         fill(result["reference_logprobs"], rows, completion_logprobs(shared, states, piece, temperature))
-        tokens = shared.tokens(piece.ids, piece.mask)
-        fits = rows in first and tokens <= room
+        needed = shared.room(piece.ids, piece.mask) if rows in first else math.inf
+        fits = needed <= room
         with torch.set_grad_enabled(fits):
             made = policy_pass(shared, policy, piece, temperature)
         if fits:
             begun[tuple(rows)] = made
-            room -= tokens
+            room -= needed
         fill(result["policy_logprobs"], rows, made.logprobs.detach())
         fill(result["values"], rows, value(piece, made.states))
     return result, begun

@@ -22,7 +22,6 @@ from rlhf_kit.errors import InputError, did_you_mean, first_line
 from rlhf_kit.examples.rows import Prompt
 from rlhf_kit.foreign import SUMMARY_BIAS, SUMMARY_WEIGHT
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
-from rlhf_kit.maths.statistics import mean_and_spread
 from rlhf_kit.metrics import say
 from rlhf_kit.model_folders import ADAPTER_CONFIG, SCORE_HEAD, VALUE_HEAD, opened
 from rlhf_kit.models import SUMMATION_TOLERANCE, SharedBase, base_identity, new_head
@@ -338,15 +337,15 @@ def score_unit(scores: Sequence[float], where: str, reward: str) -> tuple[float,
 
     Raises: InputError when they are not finite, or all the same.
     """
-    if not all(map(math.isfinite, scores)):
+    unit = torch.tensor(scores, dtype=torch.float64)
+    if not bool(unit.isfinite().all()):
         raise InputError(
             f"{where}: {reward} gives completions of the reference policy scores that are NaN or infinite, so it has "
             "no unit; mend it, or set normalize_score: false."
         )
-    mean, std = mean_and_spread(scores)
-    if not std > 0:
+    if not float(unit.std(correction=0)) > 0:
         raise InputError(
             f"{where}: {reward} gives all {len(scores)} completions of the reference policy the same score "
-            f"({scores[0]:.4g}), so it has no unit; set normalize_score: false."
+            f"({scores[0]}), so it has no unit; set normalize_score: false."
         )
-    return mean, std
+    return float(unit.mean()), float(unit.std(correction=0))

@@ -35,6 +35,10 @@ LEAST_SHARED = 0.1
 """What share of a batch's tokens must be there already, in another row, for a pass to compute such tokens once. Putting
 them into their rows, in each layer, takes about a twentieth of computing them."""
 
+SHARED = 0.5
+"""What such a token takes of the memory of one that is computed: attention keeps it in each row. Counted as a quarter,
+passes of a Llama took an eighth more memory than without."""
+
 
 class Once(NamedTuple):
     """Tokens of which those that begin several rows alike are there once."""
@@ -48,15 +52,30 @@ class Once(NamedTuple):
     def of(cls, ids: Tensor, mask: Tensor) -> Once:
         """Return how the tokens of `ids` [B, T] are shared; mask: [B, T] of the real ones."""
         rows, real = left_aligned(ids, mask)
-        order = sorted(range(len(rows)), key=rows.tolist().__getitem__)
+        order = sorted(range(len(rows)), key=rows.tolist().__getitem__)  # so those that begin alike are neighbours
         rows, there = rows[order], real[order]
-        new = ~_as_before(rows, there)
-        kinds = torch.where(new, torch.arange(new.numel()).view(new.shape), 0).cummax(0).values
+        places = torch.arange(rows.numel()).view(rows.shape)
+        kinds = places.masked_fill(_as_before(rows, there), 0).cummax(0).values  # [B, L], alike where tokens are
         kind = torch.empty_like(kinds).index_copy(0, torch.tensor(order), kinds)[real]
-        count = torch.arange(len(kind))
-        first_of_kind = torch.full((new.numel(),), len(kind)).scatter_reduce(0, kind, count, "amin")[kind]
-        computed = first_of_kind == count
-        return cls(count[computed], (computed.cumsum(0) - 1)[first_of_kind])
+        token = torch.arange(len(kind))
+        first = torch.full((rows.numel(),), len(kind)).scatter_reduce(0, kind, token, "amin")[kind]
+        is_first = first == token
+        return cls(token[is_first], (is_first.cumsum(0) - 1)[first])
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether enough tokens are shared."""
+        return is_enough(len(self.which), len(self.which) - len(self.first))
+
+
+def is_enough(tokens: int, shared: int) -> bool:
+    """Return whether a pass over rows of so many tokens, so many of them there already, computes those once."""
+    return shared >= LEAST_SHARED * tokens > 0
+
+
+def room_of(tokens: int, shared: int) -> float:
+    """Return the memory that such a pass takes, in tokens that are computed."""
+    return tokens - (1 - SHARED) * shared if is_enough(tokens, shared) else tokens
 
 
 def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +161,13 @@ class Rows(NamedTuple):
 
 
 def _taken(tokens: Tensor, which: Tensor) -> Tensor:
-    """Return some of the tokens [N, ...], by an operator whose way back is the fastest that torch has for it."""
-    return nn.functional.embedding(which, tokens.flatten(1)).unflatten(1, tokens.shape[1:])
+    """Return some of the tokens [N, ...], by an operator whose way back is the fastest that torch has for it.
+
+    It sums gradients in float32; on a CPU torch would in the tokens' own precision.
+    """
+    flat = tokens.flatten(1)
+    wide = flat.float() if flat.device.type == "cpu" else flat
+    return nn.functional.embedding(which, wide).to(tokens.dtype).unflatten(1, tokens.shape[1:])
 
 
 def attention(
@@ -201,18 +225,16 @@ def states(causal: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     return result.index_copy(0, mask.flatten().nonzero().squeeze(1), made).unflatten(0, mask.shape)
 
 
-def computed(ids: Tensor, mask: Tensor) -> int:
-    """Return how many tokens `states` computes."""
-    once = _once(ids, mask)
-    return int(mask.sum()) if once is None else len(once.first)
+def room(ids: Tensor, mask: Tensor) -> float:
+    """Return the memory that `states` takes, in tokens that are computed."""
+    once = Once.of(ids, mask)
+    return room_of(len(once.which), len(once.which) - len(once.first))
 
 
 def _once(ids: Tensor, mask: Tensor) -> Once | None:
     """Return how the tokens of a batch are shared, if enough are."""
     once = Once.of(ids, mask)
-    if len(once.first) > (1 - LEAST_SHARED) * len(once.which):
-        return None
-    return Once(*(places.to(ids.device) for places in once))
+    return Once(*(places.to(ids.device) for places in once)) if once.worth_it else None
 
 
 def _masks(causal: PreTrainedModel, length: int) -> Any:
@@ -230,6 +252,16 @@ def _masks(causal: PreTrainedModel, length: int) -> Any:
     return empty if masks is None else masks
 
 
+def possible(causal: PreTrainedModel) -> bool:
+    """Return whether a model's attention may be another, and is all of it that looks at other tokens."""
+    config = causal.config.get_text_config()
+    return (
+        config._attn_implementation == "sdpa"
+        and causal._supports_attention_backend
+        and ONLY_ATTENTION.issuperset(getattr(config, "layer_types", None) or ())
+    )
+
+
 @torch.no_grad()
 def works(causal: PreTrainedModel, padded: Callable[[Tensor, Tensor], Tensor], tolerance: float) -> bool:
     """Let a model's attention be ours, if it then computes the states of rows without padding; return whether it does.
@@ -237,15 +269,12 @@ def works(causal: PreTrainedModel, padded: Callable[[Tensor, Tensor], Tensor], t
     padded: (ids [B, T], mask [B, T]) -> the trunk's states [B, T, H], padding computed.
     tolerance: how far states may be apart where only the order of summation differs, as a share of them.
     """
-    config = causal.config.get_text_config()
-    if (
-        config._attn_implementation != "sdpa"
-        or not causal._supports_attention_backend
-        or not ONLY_ATTENTION.issuperset(getattr(config, "layer_types", None) or ())
-    ):
+    if not possible(causal):
         return False
+    config = causal.config.get_text_config()
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]], dtype=torch.bool, device=causal.device)
     ids = torch.arange(mask.numel(), device=causal.device).view(mask.shape) % config.vocab_size
+    ids[2, 2:4] = ids[1, :2]  # the last row begins as the one before
     same = False
     with _short_windows(config):
         expected = padded(ids, mask)[mask].float()

@@ -8,9 +8,6 @@ import numpy as np
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
-ROUNDING = 1e-5
-"""What share of themselves numbers differ by in float32 where only the order of summation does."""
-
 
 @dataclass(frozen=True)
 class Rate:
@@ -130,16 +127,6 @@ def explained_variance(residual_variance: float, return_variance: float) -> floa
     Both variances come from `masking.moments`, added over processes. NaN where the returns do not vary.
     """
     return 1 - residual_variance / return_variance if return_variance > 0 else math.nan
-
-
-def mean_and_spread(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation (n) of numbers that were made in float32.
-
-    The latter is 0 where they differ by no more than the order of summation does, as one text's scores in two batches.
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    spread = float(numbers.std())
-    return float(numbers.mean()), spread if spread > ROUNDING * float(np.abs(numbers).max()) else 0.0
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -54,7 +54,6 @@ from rlhf_kit.generation import derived_seed, generate, uniforms
 from rlhf_kit.maths import preference
 from rlhf_kit.maths.ensembles import ensemble_score, ensemble_std
 from rlhf_kit.maths.logprobs import OutputHead, token_logprobs
-from rlhf_kit.maths.statistics import mean_and_spread
 from rlhf_kit.metrics import MetricLog, progress, say
 from rlhf_kit.models import (
     BASE,
@@ -76,6 +75,8 @@ from rlhf_kit.rollout import logits_held, microbatches
 from rlhf_kit.stages import Job, Outcome, data_read
 from rlhf_kit.training import Training, Watched, evaluating, optimizer_steps, without_dropout
 
+ROUNDING = 1e-5
+"""How far scores near 1 of one text may be apart, as other rows of a batch may make them, and be the same score."""
 NORMALISED_ON = 512
 """Demonstrations at most whose scores set the zero and the unit: standard error of the zero below 5 % of the unit."""
 PROBE = 8
@@ -356,15 +357,9 @@ class Ensemble:
         Raises: InputError when they all have the same score.
         """
         raw = self.raw(reference["rows"], "demonstrations")
-        self.units = [mean_and_spread(scores.numpy()) for scores in raw]
-        for mean, std in self.units:
-            if not std > 0:
-                raise InputError(
-                    f"stages.{self.job.name}.normalize_on: all {raw.shape[1]} rows of {reference['card']} have the "
-                    f"same score ({mean:.4g}), so there is no unit; name a card with several different demonstrations."
-                )
+        self.units = [self._unit(scores, reference["card"]) for scores in raw]
         scores = self._combined(raw)
-        mean, std = mean_and_spread(scores.numpy())
+        mean, std = self._unit(scores, reference["card"])
         say(
             f"{self.job.name}: {len(scores)} demonstrations of {reference['card']} score {mean:.4g} ± {std:.4g}; "
             "0 ± 1 in PPO"
@@ -372,6 +367,16 @@ class Ensemble:
         kept = {"card": reference["card"], "heldout_rows": reference["heldout"], "tokenised": reference["counts"]}
         self.unit = {"mean": mean, "std": std, "rows": len(scores), **kept}
         return self.normalised(raw)
+
+    def _unit(self, scores: Tensor, card: str) -> tuple[float, float]:
+        """Return mean and standard deviation of the scores [N] of a card's rows."""
+        mean, std = float(scores.mean()), float(scores.std(correction=0))
+        if not std > ROUNDING * max(1.0, float(scores.abs().max())):
+            raise InputError(
+                f"stages.{self.job.name}.normalize_on: all {len(scores)} rows of {card} have the same score "
+                f"({mean:.4g}), so there is no unit; name a card with several different demonstrations."
+            )
+        return mean, std
 
     def normalised(self, raw: Tensor) -> Tensor:
         """Return one score [N] of the members' raw ones [n, N], in the unit of `normalise_on`."""

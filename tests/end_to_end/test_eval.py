@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlhf_kit import load
-from rlhf_kit.comparison import interpolated, powers_of_two
+from rlhf_kit.comparison import Asked, Comparison, interpolated, powers_of_two
+from rlhf_kit.finished import FinishedRun
 from tests import tiny
 from tests.end_to_end import chain
 
@@ -44,6 +45,21 @@ def test_it_agrees_with_the_closing_table(finished, measured):
     assert found["win_rate"]["ppo/sft"]["rate"] == pytest.approx(summary["win_rate"]["ppo/sft"]["rate"])
     assert found["win_rate"].keys() == {"sft/base", "ppo/sft"}
     assert "ppo wins over sft" in printed and "best of n of sft" in printed
+
+
+def test_best_of_n_is_of_draws_of_each_prompt(finished, measured):
+    """Whatever is sampled together: each draw has its own numbers, and a prompt's are compared with one another."""
+    comparison = Comparison(FinishedRun(finished), Asked(best_of=4, best_of_prompts=3))
+    some = comparison.examination.rows(range(3))
+    scores, lengths = [], []
+    for draw in range(4):
+        rollout, written = some.sampled(some.reference, some.uniforms("best of n", draw))
+        scores.append(some.scores(written, some.reference))
+        lengths.append(rollout.completion_mask.sum(1).tolist())
+    best = [max(range(4), key=lambda draw, row=row: scores[draw][row]) for row in range(3)]
+    (last,) = (point for point in measured[0]["best_of_n"]["points"] if point["n"] == 4)
+    assert last["score"] == pytest.approx(sum(scores[draw][row] for row, draw in enumerate(best)) / 3, abs=1e-4)
+    assert last["length"] == pytest.approx(sum(lengths[draw][row] for row, draw in enumerate(best)) / 3)
 
 
 def test_the_figures_are_those_of_the_answers(measured):

@@ -37,6 +37,17 @@ def moved_trainer(job):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_passes_that_learning_begins_with_have_the_room_of_a_microbatch(tmp_path, kind):
+    """However many completions share a prompt."""
+    settings = {"batch_size": 32, "completions_per_prompt": 16, "minibatches": 1, "microbatch": 4}
+    trainer = ppo.PPO(make_job(tmp_path, kind, **settings))
+    rollout, _ = trainer.roll_out(0)
+    taken = [trainer.shared.room(rollout.ids[[*rows]], rollout.mask[[*rows]]) for rows in trainer.begun]
+    assert 0 < sum(taken) <= 4 * rollout.ids.shape[1]
+    assert sum(map(len, trainer.begun)) > 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_trls(tmp_path, kind):
     """On a rollout that the policy has moved away from, the loss of one minibatch is that of trl's trainer."""
     trainer, rollout, targets = moved_trainer(make_job(tmp_path, kind, minibatches=1, clip=0.1))

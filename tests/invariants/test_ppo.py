@@ -139,10 +139,10 @@ def test_learning_begins_with_the_passes_of_scoring(tmp_path, settings, rows_beg
         rollout, _ = trainer.roll_out(0)
         rows = [row for piece in trainer.begun for row in piece]
         assert sum(made.logprobs.numel() for made in trainer.begun.values()) <= (
-            trainer.settings.microbatch * rollout.completion_ids.shape[1]
+            2 * trainer.settings.microbatch * rollout.completion_ids.shape[1]  # results are laid out in rows
         )
-        tokens = trainer.shared.tokens(rollout.ids[rows], rollout.mask[rows])
-        assert tokens <= trainer.settings.microbatch * rollout.ids.shape[1]
+        taken = [trainer.shared.room(rollout.ids[[*piece]], rollout.mask[[*piece]]) for piece in trainer.begun]
+        assert sum(taken) <= trainer.settings.microbatch * rollout.ids.shape[1]
         assert len(rows) >= rows_begun and set(rows) <= set(trainer._minibatches(0, 0)[0])
         if not begun:
             trainer.begun = {}

@@ -13,7 +13,6 @@ from rlhf_kit.maths.statistics import (
     clustered_wilson_interval,
     explained_variance,
     length_matched_win_rate,
-    mean_and_spread,
     wilson_interval,
     win_rate,
 )
@@ -34,16 +33,6 @@ def test_wilson_ends_are_z_standard_errors_away(n, share):
     found = wilson_interval(successes, n)
     assert found == pytest.approx(oracle.wilson_ends(successes, n, Z95), abs=1e-7)
     assert 0 <= found[0] <= successes / n <= found[1] <= 1
-
-
-def test_rounding_is_no_spread():
-    """Of numbers that differ in the last bits of float32, wherever their zero is."""
-    assert mean_and_spread([1.0, 3.0]) == (2.0, 1.0)
-    assert mean_and_spread([-1e-9, 1e-9]) == (0.0, 1e-9)
-    assert mean_and_spread([0.0, 0.0]) == (0.0, 0.0)
-    alike = np.float32([0.71120001, 0.71120007, 0.71120001])
-    assert alike.std() > 0
-    assert mean_and_spread(alike) == (pytest.approx(0.7112), 0.0)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 2)])

@@ -10,14 +10,15 @@ from rlhf_kit.batches import PromptBatch
 from rlhf_kit.collate import left_pad, right_pad
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.models import SharedBase
-from rlhf_kit.rollout import SHARED, of_like_length
+from rlhf_kit.rollout import in_pieces
+from rlhf_kit.unpadded import Once
 from tests.unit.test_unpadded import PADDED_AS_BEFORE, model
 
 
 def cut(rows, prompts, size):
     """Pieces of all rows, which are lists of tokens; unpadded."""
     ids, mask = right_pad(rows, 0)
-    return of_like_length(ids, mask, range(len(rows)), size, prompts=prompts, unpadded=True)
+    return in_pieces(ids, mask, range(len(rows)), size, prompts=prompts, unpadded=True)
 
 
 def apart(*lengths):
@@ -26,13 +27,13 @@ def apart(*lengths):
 
 
 def test_pieces_of_rows_that_share_nothing():
-    """Longest first, as many as fit; their results are laid out in rows again, of at most twice as many places."""
-    assert cut(apart(10, 100, 10, 100, 10), range(5), 3) == [[1, 3, 0, 2, 4]]
-    assert cut(apart(10, 100, 10, 100, 10), range(5), 2) == [[1, 3], [0, 2, 4]]
-    assert cut(apart(10, 50, 10, 10), range(4), 1) == [[1], [0, 2, 3]]
-    assert cut(apart(50, 1, 1, 1, 1), range(5), 2) == [[0, 1, 2, 3], [4]]  # with the last 5 x 50 places for 100 tokens
+    """Longest first, all pieces full but the first; results are laid out in rows, of at most twice as many places."""
+    assert cut(apart(10, 100, 11, 99, 9), range(5), 3) == [[1, 3, 2, 0, 4]]
+    assert cut(apart(10, 100, 11, 99, 9), range(5), 2) == [[1], [3, 2, 0, 4]]
+    assert cut(apart(10, 50, 11, 9), range(4), 1) == [[1], [2, 0, 3]]
+    assert cut(apart(50, 4, 3, 2, 1), range(5), 2) == [[0], [1, 2, 3, 4]]  # in one 5 x 50 places for 100 tokens
     nothing = torch.zeros(2, 0, dtype=torch.long)
-    assert of_like_length(nothing, nothing.bool(), [], 4, prompts="ab", unpadded=True) == []
+    assert in_pieces(nothing, nothing.bool(), [], 4, prompts="ab", unpadded=True) == []
 
 
 def test_rows_of_one_prompt_stay_together():
@@ -44,16 +45,15 @@ def test_rows_of_one_prompt_stay_together():
 def test_what_rows_have_in_common_takes_half():
     """Four rows of 30 tokens, 20 of them one prompt's: 30 + 3 x (10 + 20 / 2) = 90 tokens, three rows' worth."""
     rows = [[7] * 20 + [number] * 10 for number in range(4)]
-    assert SHARED == 0.5
-    assert cut(rows, "aaaa", 3) == [[0, 1, 2, 3]]
-    assert cut(rows, "aaaa", 2) == [[0, 1], [2, 3]]
-    assert cut(rows, "abcd", 3) == [[0, 1, 2, 3]]  # a beginning that prompts have in common, too
+    assert cut(rows, "aaaa", 3) == [[3, 2, 1, 0]]
+    assert cut(rows, "aaaa", 2) == [[3, 2], [1, 0]]
+    assert cut(rows, "abcd", 3) == [[3, 2, 1, 0]]  # a beginning that prompts have in common, too
 
 
-def test_rows_with_padding_are_of_like_length():
+def test_rows_with_padding_are_in_pieces():
     """There are no pieces by prompt where every place is computed."""
     ids, mask = right_pad(apart(10, 100, 10, 100, 10), 0)
-    assert of_like_length(ids, mask, range(5), 2, prompts="abaab", unpadded=False) == [[1, 3], [0, 2, 4]]
+    assert in_pieces(ids, mask, range(5), 2, prompts="abaab", unpadded=False) == [[1, 3], [0, 2, 4]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=12), st.integers(1, 4))
@@ -65,8 +65,9 @@ def test_pieces_stay_within_a_microbatch(drawn, size):
     pieces = cut(rows, prompts, size)
     assert sorted(row for piece in pieces for row in piece) == [*range(len(rows))]
     for piece in pieces:
-        computed = len({tuple(rows[row][: end + 1]) for row in piece for end in range(len(rows[row]))})
-        assert len(piece) == 1 or computed <= budget
+        once = Once.of(*right_pad([rows[row] for row in piece], 0))
+        computed, tokens = len(once.first), len(once.which)
+        assert len(piece) == 1 or (computed + (tokens - computed) / 2 if once.worth_it else tokens) <= budget
         assert len(piece) == 1 or len(piece) * max(len(rows[row]) for row in piece) <= 2 * budget
 
 

@@ -149,14 +149,24 @@ def test_a_shared_base_computes_real_tokens_alone(ids, tokens):
     states = shared.hidden("base", ids, MASK)
     torch.testing.assert_close(states[MASK], padded(plain, ids, MASK)[MASK], rtol=1e-4, atol=1e-5)
     assert seen == [(1, tokens, 32)]
-    assert shared.tokens(ids, MASK) == tokens
+    assert shared.room(ids, MASK) == tokens + (MASK.sum() - tokens) / 2
+
+
+def test_gradients_of_shared_tokens_are_summed_in_float32():
+    """In bfloat16 a sum of 64 ones and small numbers would lose these."""
+    tokens = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    taken = unpadded._taken(tokens, torch.tensor([0] * 64 + [1]))
+    slopes = torch.full_like(taken, 1 / 256)
+    slopes[0] = 1
+    taken.backward(slopes)
+    assert tokens.grad[0].tolist() == [1.25] * 3  # of 1 + 63 / 256
 
 
 def test_a_few_tokens_in_common_are_computed_in_each_row():
     """A token that begins all texts is not worth what it takes."""
     ids = torch.arange(60).view(3, 20)
-    assert unpadded.computed(ids.index_fill(1, torch.tensor(0), 99), torch.ones_like(ids).bool()) == 60
-    assert unpadded.computed(ids.index_fill(1, torch.arange(3), 99), torch.ones_like(ids).bool()) == 60 - 6
+    assert unpadded.room(ids.index_fill(1, torch.tensor(0), 99), torch.ones_like(ids).bool()) == 60
+    assert unpadded.room(ids.index_fill(1, torch.arange(3), 99), torch.ones_like(ids).bool()) == 60 - 6 / 2
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=8), st.integers(0, 3))
