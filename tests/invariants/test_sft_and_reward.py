@@ -229,3 +229,17 @@ def test_demonstrations_that_score_alike_are_refused(here):
     reference = {"card": "card", "rows": [[5, 6, 7]] * 3, "heldout": 0, "counts": {}}
     with pytest.raises(InputError, match="all 3 rows of card have the same score"):
         reward.Ensemble(job, Pieces("here", 64, "tokens", job.accelerator)).normalise_on(reference)
+
+
+def test_members_that_cancel_out_are_refused(here, monkeypatch):
+    """What two members make of the demonstrations together may be one score where each makes several."""
+    recipe = make_recipe(here, reward={"init": None, "ensemble": 2, "ensemble_score": "mean"})
+    job = make_job(recipe, "reward", here)
+    for member in range(2):
+        folder = reward.member_folder(job, member) / "adapter"
+        reward.save_adapter(reward.new_reward_model(job, "reward")[0], folder, recipe.base)
+    ensemble = reward.Ensemble(job, Pieces("here", 64, "tokens", job.accelerator))
+    raw = torch.tensor([[0.0, 2.0, 0.0, 2.0], [5.0, 1.0, 5.0, 1.0]], dtype=torch.float64)
+    monkeypatch.setattr(ensemble, "raw", lambda *_: raw)
+    with pytest.raises(InputError, match=r"all 4 rows of card have the same score \(0\)"):
+        ensemble.normalise_on({"card": "card", "rows": [[5]] * 4, "heldout": 0, "counts": {}})
