@@ -284,14 +284,14 @@ class Comparison:
         whole, samples = self.examination, self.asked.best_of
         rows = range(min(self.asked.best_of_prompts, len(whole.prompts)))
         some = whole.rows(rows)
-        uniform = torch.stack([some.uniforms("best of n", draw) for draw in range(samples)], dim=1)
+        uniform = torch.stack([some.uniforms("best of n", draw) for draw in range(samples)], dim=1).flatten(0, 1)
         columns: dict[str, list[float]] = {"score": [], "gold": [], "length": []}  # of all samples of a prompt in turn
         asked = [row for row in rows for _ in range(samples)]
         with torch.no_grad():
             pieces = list(microbatches(range(len(asked)), whole.pieces.size))
             for piece in progress(pieces, desc=f"best of n, samples of {whole.reference}"):
                 several = some.rows([asked[number] for number in piece])
-                rollout, written = several.sampled(whole.reference, uniform.flatten(0, 1)[piece])
+                rollout, written = several.sampled(whole.reference, uniform[piece])
                 columns["score"] += several.scores(written, whole.reference) or []
                 columns["gold"] += several.judged(written.texts) or []
                 columns["length"] += rollout.completion_mask.sum(1).tolist()

@@ -35,7 +35,6 @@ from rlhf_kit.passes import Pass, Passes
 from rlhf_kit.recipe import (
     Cards,
     DPOStage,
-    GRPOStage,
     KTOStage,
     OnlineStage,
     PolicyStage,
@@ -43,7 +42,6 @@ from rlhf_kit.recipe import (
     Recipe,
     RejectionSamplingStage,
     RewardStage,
-    RLOOStage,
     SFTStage,
     TrainingStage,
 )
@@ -295,10 +293,9 @@ class _Stages:
         value_epochs = stage.own_value_epochs if isinstance(stage, PPOStage) else 0
         own_value = value_epochs > 0
 
-        group = stage.completions_per_prompt if isinstance(stage, RLOOStage | GRPOStage) else 1
-        tokens = self._tokens(prompts, min(size, 1 + (group - 1) / stage.minibatches)) + new
-        sample = passes.sample(stage.batch_size, prompts.typical, new, group)
-        read = passes.read(size, self._tokens(prompts, min(size, group)) + new)
+        tokens = self._tokens(prompts, min(size, 1 + (stage.group - 1) / stage.minibatches)) + new
+        sample = passes.sample(stage.batch_size, prompts.typical, new, stage.group)
+        read = passes.read(size, self._tokens(prompts, min(size, stage.group)) + new)
         read_logprobs = passes.read(size, tokens, new)
         learn, learn_value = self._learn(stage, size, tokens, new), self._learn(stage, size, tokens)
         update = (

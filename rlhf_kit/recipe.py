@@ -372,6 +372,12 @@ class OnlineStage(SamplingStage):
     ptx: PTX | None = None
     """Texts that the policy keeps learning as a language model; null: none."""
 
+    @property
+    def group(self) -> int:
+        """How many completions of an update answer the same prompt."""
+        count: int = getattr(self, "completions_per_prompt", 1)
+        return count
+
 
 class PPOStage(OnlineStage):
     """PPO on the reward model's score, with a KL penalty towards the policy it starts from."""

@@ -63,9 +63,9 @@ class Once(NamedTuple):
         return cls(token[is_first], (is_first.cumsum(0) - 1)[first])
 
     @property
-    def worth_it(self) -> bool:
-        """Whether enough tokens are shared."""
-        return is_enough(len(self.which), len(self.which) - len(self.first))
+    def counts(self) -> tuple[int, int]:
+        """How many tokens there are, and how many of them are there already, in another row."""
+        return len(self.which), len(self.which) - len(self.first)
 
 
 def is_enough(tokens: int, shared: int) -> bool:
@@ -227,14 +227,13 @@ def states(causal: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 def room(ids: Tensor, mask: Tensor) -> float:
     """Return the memory that `states` takes, in tokens that are computed."""
-    once = Once.of(ids, mask)
-    return room_of(len(once.which), len(once.which) - len(once.first))
+    return room_of(*Once.of(ids, mask).counts)
 
 
 def _once(ids: Tensor, mask: Tensor) -> Once | None:
     """Return how the tokens of a batch are shared, if enough are."""
     once = Once.of(ids, mask)
-    return Once(*(places.to(ids.device) for places in once)) if once.worth_it else None
+    return Once(*(places.to(ids.device) for places in once)) if is_enough(*once.counts) else None
 
 
 def _masks(causal: PreTrainedModel, length: int) -> Any:

@@ -141,8 +141,7 @@ class PPO:
         self.job, self.settings, self.accelerator = job, job.settings, job.accelerator
         self.with_value = job.settings if isinstance(job.settings, PPOStage) else None
         """The settings, where there is a value function."""
-        group = job.settings.completions_per_prompt if isinstance(job.settings, RLOOStage | GRPOStage) else 1
-        self.group = group
+        self.group = job.settings.group
         """Completions of the same prompt, one after the other in a batch."""
         self.format = job.text_format
         self.seed = (job.recipe.seed, job.name)

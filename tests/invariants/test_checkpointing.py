@@ -94,14 +94,17 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("why", WITHOUT)
-def test_layers_that_cannot_be_computed_again(tmp_path, monkeypatch, why):
+def test_layers_that_cannot_be_computed_again(tmp_path, why):
     """They stay as they are where nobody asked for it; who asks is told where, and what to do instead."""
-    monkeypatch.setattr("rlhf_kit.models.classifier", lambda causal: causal)  # there is none of the one kind
-    recipe = stage_jobs.make_recipe(tmp_path)
+
+    def of_sft_alone(recipe):  # of the one kind there is no reward model
+        return recipe.model_copy(update={"stages": {"sft": recipe.stages["sft"]}})
+
+    recipe = of_sft_alone(stage_jobs.make_recipe(tmp_path))
     model = WITHOUT[why]()
     assert not models.checkpointed(None, model, torch.device("cuda"))
     models.check_stages(recipe, model)
-    asked = stage_jobs.make_recipe(tmp_path, activation_checkpointing=True)
+    asked = of_sft_alone(stage_jobs.make_recipe(tmp_path, activation_checkpointing=True))
     with pytest.raises(
         InputError, match=r"recipe\.yaml:\d+: stages\.sft\.activation_checkpointing: true, but .*ForCausalLM again"
     ):

@@ -11,7 +11,7 @@ from rlhf_kit.collate import left_pad, right_pad
 from rlhf_kit.generation import generate, uniforms
 from rlhf_kit.models import SharedBase
 from rlhf_kit.rollout import in_pieces
-from rlhf_kit.unpadded import Once
+from rlhf_kit.unpadded import Once, is_enough
 from tests.unit.test_unpadded import PADDED_AS_BEFORE, model
 
 
@@ -67,7 +67,7 @@ def test_pieces_stay_within_a_microbatch(drawn, size):
     for piece in pieces:
         once = Once.of(*right_pad([rows[row] for row in piece], 0))
         computed, tokens = len(once.first), len(once.which)
-        assert len(piece) == 1 or (computed + (tokens - computed) / 2 if once.worth_it else tokens) <= budget
+        assert len(piece) == 1 or (computed + (tokens - computed) / 2 if is_enough(*once.counts) else tokens) <= budget
         assert len(piece) == 1 or len(piece) * max(len(rows[row]) for row in piece) <= 2 * budget
 
 
