@@ -118,6 +118,12 @@ def test_layers_of_other_kinds_are_not_tried():
     assert not works(model("lfm2", PADDED_AS_BEFORE["lfm2"]), tolerance=10.0)
 
 
+def test_sharing_is_tried_too(monkeypatch):
+    """An architecture on which shared tokens come out wrong keeps its padding."""
+    monkeypatch.setattr(unpadded, "_taken", lambda tokens, which: tokens.new_zeros(len(which), *tokens.shape[1:]))
+    assert not works(model("llama", {}), 1e-3)
+
+
 def test_a_row_may_be_all_padding():
     causal = model("llama", {})
     assert works(causal, 1e-4)
